@@ -1,0 +1,111 @@
+"""What the aggregator can be told. One frozen object per concern; `fluffle/config.py` fills them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from broker.messages import Federation, Part, RunId, Settings, Word
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class RoundSettings(Part):
+    """When a round closes and who is asked. Zero means: whatever the line above it says."""
+
+    participants: Annotated[
+        int, Field(ge=1, description="how many are expected; the run starts when they joined")
+    ] = 1
+    cohort: Annotated[int, Field(ge=0, description="how many are asked each round; 0: everybody who is live")] = 0
+    target: Annotated[int, Field(ge=0, description="a round closes at this many updates; 0: the whole cohort")] = 0
+    quorum: Annotated[
+        int, Field(ge=0, description="fewest updates to close with at the deadline; 0: the target")
+    ] = 0
+    deadline_s: Annotated[float, Field(gt=0, description="seconds until a round closes with the quorum")] = 60.0
+    deadline_growth: Annotated[
+        float, Field(ge=1, description="each further attempt gets a deadline this much longer")
+    ] = 2.0
+    deadline_max_s: Annotated[float, Field(gt=0, description="no deadline is longer")] = 3600.0
+    late: Annotated[
+        Literal["discard", "fold"],
+        Field(description="a late update is discarded, or folded with weight 1/sqrt(1 + staleness)"),
+    ] = "discard"
+    staleness_max: Annotated[int, Field(ge=0, le=900, description="older late updates are never folded")] = 10
+    max_examples: Annotated[int, Field(ge=1, le=1 << 30, description="no participant weighs more than this")] = (
+        1 << 20
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        wanted = (("round.quorum", self.quorum), ("round.target", self.target), ("round.cohort", self.cohort))
+        for name, value in wanted:
+            if value > self.participants:
+                raise ValueError(
+                    f"{name} = {value} is above round.participants = {self.participants}: lower it or add participants"
+                )
+        for (low_name, low), (high_name, high) in zip(wanted, wanted[1:], strict=False):
+            if low and high and low > high:
+                raise ValueError(f"{low_name} = {low} is above {high_name} = {high}: no round could close")
+        if self.quorum and self.cohort and self.quorum > self.cohort:
+            raise ValueError(
+                f"round.quorum = {self.quorum} is above round.cohort = {self.cohort}: no round could close"
+            )
+        return self
+
+
+class StopSettings(Part):
+    """When the run is finished: whichever comes first."""
+
+    rounds: Annotated[int, Field(ge=1, description="after this many rounds")] = 20
+    target_metric: Annotated[
+        Word, Field(description="when a metric is reached, as `accuracy:0.9` or `rmse:55`")
+    ] = ""
+    patience: Annotated[
+        int, Field(ge=0, description="after this many evaluations without a better one; 0: never")
+    ] = 0
+    max_seconds: Annotated[float, Field(ge=0, description="after this many seconds; 0: never")] = 0.0
+
+
+class EvaluationSettings(Part):
+    """How versions are measured."""
+
+    mode: Annotated[
+        Literal["central", "federated", "none"],
+        Field(description="on the aggregator's held-out data, by the participants on theirs, or not at all"),
+    ] = "central"
+    every: Annotated[int, Field(ge=1, description="evaluate every n-th round, and the last")] = 1
+    metric: Annotated[Word, Field(description="which metric judges versions; empty: the task's own")] = ""
+
+
+class StrategySettings(Part):
+    """How updates are combined."""
+
+    name: Annotated[Word, Field(description="`fedavg` or `fedsgd`")] = "fedavg"
+    server_lr: Annotated[float, Field(gt=0, description="step size at the aggregator")] = 1.0
+
+
+class BrokerSettings(Part):
+    """Waits and sizes on the way to the broker and through it."""
+
+    heartbeat_s: Annotated[float, Field(gt=0, description="seconds between a worker's heartbeats")] = 10.0
+    liveness_s: Annotated[float, Field(gt=0, description="a participant unheard for longer is not asked")] = 60.0
+    patience_s: Annotated[float, Field(gt=0, description="how long the broker may take to answer")] = 30.0
+    inline_bytes: Annotated[int, Field(ge=0, le=1 << 22, description="larger payloads go in chunks")] = 256 << 10
+    chunk_bytes: Annotated[int, Field(ge=1024, le=4 << 20, description="size of a chunk")] = 1 << 20
+    refresh_s: Annotated[float, Field(gt=0, description="how often an idle leader republishes its record")] = 240.0
+
+
+class RunSettings(Part):
+    """One training run."""
+
+    run_id: RunId
+    federation: Federation = "default"
+    seed: NonNegative = 42
+    train: Settings = {}
+    round: RoundSettings = RoundSettings()
+    stop: StopSettings = StopSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    strategy: StrategySettings = StrategySettings()
+    broker: BrokerSettings = BrokerSettings()

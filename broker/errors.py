@@ -1,0 +1,67 @@
+"""Every error Fluffle raises on purpose. Each message names what is wrong, where, and the remedy.
+
+FluffleError
+├── ConfigError         a setting, flag or file that cannot work
+├── DataError           a data set, shard or preprocessing step that cannot work
+├── TaskError           a learning task that failed or returned nonsense
+├── BadMessage          something that arrived was refused; `reason` goes to the ledger
+├── StateError          a run, checkpoint or journal that is missing, foreign or damaged
+├── LeadershipLost      another aggregator leads now, or this one cannot be sure that it does
+└── TransportError
+    ├── ConnectionLost  the connection is gone: connect again
+    ├── PublishFailed   no confirm, or the broker refused the message; it may or may not have arrived
+    ├── Unroutable      nothing is bound to where the message was sent
+    └── AccessRefused   the broker does not allow this user to do that
+"""
+
+
+class FluffleError(Exception):
+    """Root of all errors that a caller may want to catch."""
+
+
+class ConfigError(FluffleError):
+    """A setting, flag or file that cannot work."""
+
+
+class DataError(FluffleError):
+    """A data set, shard or preprocessing step that cannot work."""
+
+
+class TaskError(FluffleError):
+    """A learning task that failed or returned nonsense."""
+
+
+class BadMessage(FluffleError):
+    """Something that arrived over the network was refused."""
+
+    @property
+    def reason(self) -> str:
+        return str(self)
+
+
+class StateError(FluffleError):
+    """A run, checkpoint or journal that is missing, foreign or damaged."""
+
+
+class LeadershipLost(FluffleError):
+    """Another aggregator leads now, or this one cannot be sure that it still does."""
+
+
+class TransportError(FluffleError):
+    """The broker or the way to it failed."""
+
+
+class ConnectionLost(TransportError):
+    """The connection is gone; whoever held it must connect again."""
+
+
+class PublishFailed(TransportError):
+    """No confirm in time, or the broker refused the message. It may or may not have arrived."""
+
+
+class Unroutable(TransportError):
+    """Nothing is bound to where the message was sent."""
+
+
+class AccessRefused(TransportError):
+    """The broker does not allow this user to do that."""

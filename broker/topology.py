@@ -1,0 +1,139 @@
+"""Every name on the broker, and who may touch it. Names are made here and nowhere else.
+
+For the federation `<f>` and the participant `<p>`:
+
+fl.<f>.head        queue    head records, one consumer at a time
+fl.<f>.up          exchange `<p>.<kind>`: what participants send
+fl.<f>.updates     stream   everything small that participants send; the leader reads it
+fl.<f>.outbox.<p>  stream   chunks of one participant's large updates
+fl.<f>.model.<run> stream   chunks of global models
+fl.<f>.down        exchange `all` or `<p>`: TrainRound
+fl.<f>.inbox.<p>   queue    the newest TrainRound
+fl.<f>.rejected    queue    refused messages with the reason
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from broker.errors import ConfigError
+from broker.transport import Binding, Declaration, Exchange, Queue, Stream
+
+PARTICIPANT = r"[a-z0-9-]{1,40}"
+FEDERATION = r"[a-z0-9-]{1,40}"
+AGGREGATOR = "aggregator"  # the user name that every aggregator connects with
+EVERYONE = "all"
+DEFAULT_EXCHANGE = r"amq\.default"  # how permissions name the exchange ""
+MEBI = 1 << 20
+INBOX_EXPIRES_S = 14 * 24 * 3600.0
+UP_KINDS = ("join", "heartbeat", "update", "failed", "leave")
+CHUNK = "chunk"
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What one user may do, as regular expressions over whole names (AMQP permissions).
+
+    `publish` and `bind` restrict the routing keys of topic exchanges further.
+    """
+
+    configure: str
+    write: str
+    read: str
+    publish: dict[str, str]
+    bind: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The names of one federation."""
+
+    federation: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(FEDERATION, self.federation):
+            raise ConfigError(
+                f"federation {self.federation!r} is not a valid name: use 1 to 40 of a-z, 0-9 and '-'"
+            )
+
+    def _name(self, *parts: str) -> str:
+        return ".".join(("fl", self.federation, *parts))
+
+    @property
+    def head(self) -> str:
+        return self._name("head")
+
+    @property
+    def up(self) -> str:
+        return self._name("up")
+
+    @property
+    def down(self) -> str:
+        return self._name("down")
+
+    @property
+    def updates(self) -> str:
+        return self._name("updates")
+
+    @property
+    def rejected(self) -> str:
+        return self._name("rejected")
+
+    def model(self, run_id: str) -> str:
+        return self._name("model", run_id)
+
+    def outbox(self, participant: str) -> str:
+        return self._name("outbox", participant)
+
+    def inbox(self, participant: str) -> str:
+        return self._name("inbox", participant)
+
+    def aggregator_declarations(self) -> list[Declaration]:
+        """What the aggregator needs before it can lead."""
+        return [
+            Exchange(self.up),
+            Exchange(self.down),
+            Queue(self.head, replicated=True, single_active_consumer=True, delivery_limit=1000),
+            Queue(self.rejected, max_length=10_000),
+            Stream(self.updates, max_bytes=1024 * MEBI, segment_bytes=64 * MEBI),
+            *(Binding(self.up, f"*.{kind}", self.updates) for kind in UP_KINDS),
+        ]
+
+    def inbox_declarations(self, participant: str) -> list[Declaration]:
+        """What a participant needs before it can be told anything."""
+        inbox = self.inbox(participant)
+        return [
+            Queue(inbox, max_length=1, expires_s=INBOX_EXPIRES_S),
+            Binding(self.down, EVERYONE, inbox),
+            Binding(self.down, participant, inbox),
+        ]
+
+    def outbox_declarations(self, participant: str, update_bytes: int) -> list[Declaration]:
+        """A stream that keeps at least three updates: whole segments go, so it is sized for five."""
+        outbox = self.outbox(participant)
+        segment = max(MEBI, update_bytes)
+        return [
+            Stream(outbox, max_bytes=5 * segment, segment_bytes=segment),
+            Binding(self.up, f"{participant}.{CHUNK}", outbox),
+        ]
+
+    def model_declarations(self, run_id: str, model_bytes: int) -> list[Declaration]:
+        """A stream that keeps at least four versions of the model."""
+        segment = max(MEBI, model_bytes)
+        return [Stream(self.model(run_id), max_bytes=6 * segment, segment_bytes=segment)]
+
+    def access(self, user: str) -> Access:
+        """The rights of the aggregator (everything of this federation) or of one participant."""
+        mine = re.escape(self._name()) + r"\."
+        if user == AGGREGATOR:
+            everything = f"{mine}.*"
+            return Access(everything, f"({everything}|{DEFAULT_EXCHANGE})", everything, {}, {})
+        inbox = re.escape(self.inbox(user))
+        return Access(
+            configure=inbox,
+            write=f"({re.escape(self.up)}|{inbox})",
+            read=f"({re.escape(self.down)}|{inbox}|{mine}model\\..*)",
+            publish={self.up: f"{user}\\.[a-z]+"},
+            bind={self.down: f"({EVERYONE}|{user})"},
+        )

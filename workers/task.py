@@ -1,0 +1,73 @@
+"""The learning task: what a user writes. Named numpy arrays cross this boundary, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray[Any]]
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """What a task is told about one piece of work.
+
+    `settings` holds the run's training settings (`lr`, `batch_size`, `local_epochs`, ...). `seed` depends on
+    the run's seed, the participant and the round, so that a repeated attempt gives the same arrays.
+    `should_stop` turns true once the work became pointless; a task that looks gives its machine back early.
+    """
+
+    round: int
+    seed: int
+    settings: Mapping[str, Scalar] = field(default_factory=dict)
+    wants: Literal["delta", "gradient"] = "delta"
+    should_stop: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """`arrays`: for `wants == "delta"` the trained arrays (the worker subtracts those it started from),
+    for `"gradient"` the mean gradient over this participant's examples (settings: full batch)."""
+
+    arrays: Arrays
+    num_examples: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Metrics as means over `num_examples` held-out examples."""
+
+    metrics: dict[str, float]
+    num_examples: int
+
+
+@runtime_checkable
+class LearningTask(Protocol):
+    """A model, data and loss of one participant. Methods run off the event loop, one at a time.
+
+    All arrays have the names, shapes and dtypes that `initial()` returned.
+    """
+
+    name: str
+    num_examples: int
+
+    def initial(self) -> Arrays:
+        """The arrays that everybody starts from; the same on every machine."""
+
+    def train(self, arrays: Arrays, config: TrainConfig) -> TrainResult:
+        """Trains from `arrays` (read-only) on the local data."""
+
+    def evaluate(self, arrays: Arrays) -> Evaluation:
+        """Measures `arrays` (read-only) on local held-out data."""
+
+
+def train_seed(run_seed: int, participant: str, round: int) -> int:  # noqa: A002 - the design's word
+    """The seed for one participant's work in one round; the attempt does not change it."""
+    words = np.frombuffer(f"{participant}/{round}".encode().ljust(64, b"\0")[:64], dtype=np.uint32)
+    return int(np.random.SeedSequence([run_seed, *map(int, words)]).generate_state(1)[0])
