@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -37,15 +38,21 @@ class RoundSettings(Part):
         1 << 20
     )
 
+    @property
+    def most_asked(self) -> int:
+        """How many a round asks at the most; the room in its sum follows from it."""
+        return self.cohort or 2 * self.participants
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         wanted = (("round.quorum", self.quorum), ("round.target", self.target), ("round.cohort", self.cohort))
         for name, value in wanted:
             if value > self.participants:
                 raise ValueError(
-                    f"{name} = {value} is above round.participants = {self.participants}: lower it or add participants"
+                    f"{name} = {value} is above round.participants = {self.participants}: "
+                    "lower it or add participants"
                 )
-        for (low_name, low), (high_name, high) in zip(wanted, wanted[1:], strict=False):
+        for (low_name, low), (high_name, high) in pairwise(wanted):
             if low and high and low > high:
                 raise ValueError(f"{low_name} = {low} is above {high_name} = {high}: no round could close")
         if self.quorum and self.cohort and self.quorum > self.cohort:
@@ -103,7 +110,7 @@ class RunSettings(Part):
     run_id: RunId
     federation: Federation = "default"
     seed: NonNegative = 42
-    train: Settings = {}
+    train: Settings = Field(default_factory=dict)
     round: RoundSettings = RoundSettings()
     stop: StopSettings = StopSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

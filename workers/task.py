@@ -9,8 +9,14 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.errors import TaskError
+
 Arrays = dict[str, NDArray[Any]]
 Scalar = bool | int | float | str
+
+
+class WorkAbandoned(TaskError):
+    """Training stopped because `TrainConfig.should_stop` said that the work became pointless. Not a failure."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,73 @@
+"""The shipped learning tasks. This catalogue needs no torch; a task's file is imported when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from broker.errors import ConfigError
+
+if TYPE_CHECKING:
+    from workers.torch_task import TaskDefinition
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the catalogue: where the definition is, and what it learns."""
+
+    where: str
+    summary: str
+
+
+CATALOGUE: Mapping[str, Entry] = {
+    "mnist-logreg": Entry("workers.tasks.mnist:LOGREG", "handwritten digits, softmax regression"),
+    "mnist-2nn": Entry("workers.tasks.mnist:TWO_LAYERS", "handwritten digits, two hidden layers of 200"),
+    "mnist-cnn": Entry("workers.tasks.mnist:CNN", "handwritten digits, two convolutions"),
+    "digits": Entry("workers.tasks.digits:DIGITS", "small handwritten digits (8 x 8), one hidden layer of 128"),
+    "heart": Entry("workers.tasks.heart:HEART", "heart disease in four hospitals, logistic regression"),
+    "diabetes": Entry("workers.tasks.diabetes:DIABETES", "disease progression after a year, linear regression"),
+}
+
+
+def find_task(name: str) -> TaskDefinition:
+    """A shipped task by its name, or a user's own as `package.module:OBJECT`.
+
+    Raises ConfigError, with near names, if there is no such task or its module cannot be imported.
+    """
+    if ":" in name:
+        return _import_task(name)
+    if name not in CATALOGUE:
+        raise ConfigError(
+            f"there is no task {name!r}{_near(name, CATALOGUE)}: use one of {', '.join(CATALOGUE)}, or your own as "
+            "package.module:OBJECT"
+        )
+    return _import_task(CATALOGUE[name].where)
+
+
+def _import_task(where: str) -> TaskDefinition:
+    from workers.torch_task import TaskDefinition
+
+    module_name, _, object_name = where.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the user's module may raise anything while it is imported
+        raise ConfigError(
+            f"task {where!r}: importing {module_name!r} failed with {type(error).__name__}: {error}. "
+            "Is its folder on PYTHONPATH?"
+        ) from error
+    found = getattr(module, object_name, None)
+    if isinstance(found, TaskDefinition):
+        return found
+    there = [key for key, value in vars(module).items() if isinstance(value, TaskDefinition)]
+    raise ConfigError(
+        f"task {where!r}: {module_name} has no TaskDefinition named {object_name!r}{_near(object_name, there)}; "
+        f"it has: {', '.join(there) or 'none'}"
+    )
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,105 @@
+"""What participants are told: always the whole of what they should know now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import structlog
+
+from aggregator.lead import Lead
+from aggregator.round import Round
+from aggregator.settings import RunSettings
+from broker.errors import Unroutable
+from broker.head import HeadRecord
+from broker.messages import Fate, Join, Status, TrainRound
+from broker.topology import EVERYONE, Topology
+from broker.wire import encode
+
+log = structlog.get_logger(__name__)
+
+FANOUT = 100  # up to so many participants share one message; beyond, each gets its own slice of it
+
+Fates = Mapping[str, tuple[int, Fate]]
+
+
+def reply_to(status: Status, head: HeadRecord, settled: Fates, missing: Sequence[str]) -> Fates | None:
+    """What a status calls for: nothing (None), or the newest TrainRound, with a fate if one is to be added.
+
+    Only committed fates are told: an update that was accepted but not committed may still be needed again.
+    """
+    who, nobody = status.participant, (0, "missing")
+    if isinstance(status, Join) or status.run_id != head.run_id:
+        return {}
+    if status.phase == "holding":
+        if head.settled.get(who, nobody)[0] >= status.task:
+            return {}
+        return None if settled.get(who, nobody)[0] >= status.task else {who: (status.task, "missing")}
+    works_on_it = status.phase == "training" and status.task == head.task
+    return {} if who in missing and not works_on_it else None
+
+
+class Announcer:
+    """Publishes TrainRound messages to one participant or to all, and counts their bytes."""
+
+    def __init__(
+        self, lead: Lead, topology: Topology, settings: RunSettings, wants: Literal["delta", "gradient"]
+    ) -> None:
+        self._lead = lead
+        self._topology = topology
+        self._settings = settings
+        self._wants = wants
+        self.bytes_down = 0
+
+    async def announce(self, open_round: Round | None, live: Sequence[str], now: float) -> None:
+        """Tells everybody: who is asked for what, the newest model, what became of the last updates."""
+        missing = open_round.missing if open_round else []
+        head = self._lead.record
+        if len(live) <= FANOUT and len(missing) <= FANOUT:
+            fates = {p: fate for p, fate in head.settled.items() if p in set(live)}
+            await self._publish(EVERYONE, self._order(open_round, missing, fates, now), len(live))
+        else:
+            closed = head.closed.task if head.closed else 0
+            told = {p for p, (task, _) in head.settled.items() if task == closed}
+            for participant in sorted(told.union(missing)):
+                await self.tell(participant, {}, open_round, now)
+        if head.model is not None and head.model.where == "stream":
+            self.bytes_down += head.model.size_bytes * len(missing)
+
+    async def tell(self, participant: str, fates: Fates, open_round: Round | None, now: float) -> None:
+        """Tells one participant what concerns it."""
+        known = self._lead.record.settled.get(participant)
+        own = {participant: known} if known else {}
+        asked = [participant] if open_round and participant in open_round.missing else []
+        await self._publish(participant, self._order(open_round, asked, {**own, **fates}, now), 1)
+
+    def _order(self, open_round: Round | None, asked: Iterable[str], fates: Fates, now: float) -> TrainRound:
+        head, opened = self._lead.record, open_round.open if open_round else None
+        return TrainRound(
+            run_id=head.run_id,
+            epoch=head.epoch,
+            seq=head.seq,
+            task=head.task,
+            round=opened.round if opened else head.round,
+            attempt=opened.attempt if opened else 0,
+            work=opened.work if opened else "none",
+            asked=tuple(asked),
+            version=head.version,
+            model=head.model,
+            settings=self._settings.train,
+            wants=self._wants,
+            seed=self._settings.seed,
+            deadline_s=max(0.0, opened.deadline - now) if opened else 0.0,
+            late_counts=self._settings.round.late == "fold",
+            fates=dict(fates),
+            finished=bool(head.finished),
+        )
+
+    async def _publish(self, key: str, order: TrainRound, readers: int) -> None:
+        inline = order.model is not None and order.model.where == "inline"
+        frame = encode(order, self._lead.payload[: order.model.size_bytes] if inline and order.model else b"")
+        try:
+            await self._lead.writer.publish(self._topology.down, key, frame)
+            self.bytes_down += len(frame) * readers
+        except Unroutable:
+            log.debug("nobody_to_tell", key=key)  # nobody there yet, or gone for so long that the inbox expired

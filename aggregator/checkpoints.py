@@ -1,0 +1,206 @@
+"""Models on disk: `<sha256>.safetensors`, and for people one readable manifest per version.
+
+A file under its final name is complete: it is written beside it, synced, and renamed. `sha256sum FILE`
+prints the name of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import Any
+
+import structlog
+from pydantic import ValidationError
+
+from broker.errors import BadMessage, StateError
+from broker.head import HeadRecord
+from broker.messages import Where
+from broker.tensors import Buffer, manifest_of
+
+FORMAT = "fluffle-checkpoint"
+SCHEMA = 1
+MODEL_SUFFIX = ".safetensors"
+TMP_SUFFIX = ".tmp"
+ABANDONED_S = 3600.0  # a temporary file this old belongs to a process that died
+
+log = structlog.get_logger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run. Methods block; they raise StateError if the disk refuses."""
+
+    def __init__(self, directory: Path | str, *, keep_newest: int = 3) -> None:
+        self.directory = Path(directory)
+        self.keep_newest = keep_newest
+        with _disk(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def path(self, sha256: str) -> Path:
+        """Where a model or a strategy's state lies, or would lie."""
+        return self.directory / f"{sha256}{MODEL_SUFFIX}"
+
+    def store(self, sha256: str, blob: Buffer) -> None:
+        """Puts a model or a strategy's state under its digest; on return it is on the disk."""
+        path = self.path(sha256)
+        with _disk(path):
+            if not (path.exists() and path.stat().st_size == len(blob)):
+                _write(path, blob)
+
+    def describe(self, record: HeadRecord) -> None:
+        """Writes the manifest of the record's version, unless its model is not here.
+
+        Raises StateError if what is stored is no model. The manifest of a record of higher rank stays.
+        """
+        if record.model is None or not self.path(record.model.sha256).exists():
+            log.warning("checkpoint_skipped", version=record.version, reason="its model is not stored here")
+            return
+        path = self.directory / f"v{record.version:06d}.json"
+        present = self._record(path) if path.exists() else None
+        if present is not None and present.rank > record.rank:
+            log.warning("checkpoint_superseded", file=str(path), rank=record.rank, present=present.rank)
+            return
+        manifest = _manifest(record, record.model, _tensors(self.path(record.model.sha256)))
+        with _disk(path):
+            _write(path, json.dumps(manifest, indent=2).encode())
+
+    def load(self, sha256: str) -> bytes | None:
+        """The model or state of that digest, or None. A damaged file is set aside and reported."""
+        path = self.path(sha256)
+        with _disk(path):
+            blob = path.read_bytes() if path.exists() else None
+        if blob is not None and hashlib.sha256(blob).hexdigest() != sha256:
+            self._set_aside(path)
+            return None
+        return blob
+
+    def newest(self) -> HeadRecord | None:
+        """The record of highest rank whose model is whole. Damaged ones are reported and skipped."""
+        records = sorted(self._records().values(), key=lambda record: record.rank, reverse=True)
+        return next((record for record in records if record.model and self._verified(record.model.sha256)), None)
+
+    def prune(self, keep: Collection[str] = ()) -> None:
+        """Deletes all but the newest few manifests and those of `keep`, with the files that only those name.
+
+        A file that no manifest names may be waiting for its own: it goes after an hour.
+        """
+        by_rank = sorted(self._records().items(), key=lambda item: item[1].rank, reverse=True)
+        older = by_rank[self.keep_newest :]
+        dropped = {path: record for path, record in older if _digests(record).isdisjoint(keep)}
+        needed = set(keep).union(*(_digests(record) for path, record in by_rank if path not in dropped))
+        unneeded = set[str]().union(*map(_digests, dropped.values())) - needed
+        for path in (*dropped, *map(self.path, unneeded), *self._abandoned(needed)):
+            with _disk(path):
+                path.unlink(missing_ok=True)
+
+    def _abandoned(self, needed: Collection[str]) -> list[Path]:
+        files = (*self.directory.glob(f"*{MODEL_SUFFIX}"), *self.directory.glob(f"*{TMP_SUFFIX}"))
+        return [path for path in files if path.stem not in needed and _age_s(path) > ABANDONED_S]
+
+    def _records(self) -> dict[Path, HeadRecord]:
+        with _disk(self.directory):
+            found = {path: self._record(path) for path in self.directory.glob("v*.json")}
+        return {path: record for path, record in found.items() if record is not None}
+
+    def _record(self, path: Path) -> HeadRecord | None:
+        try:
+            manifest = json.loads(path.read_bytes())
+            if (manifest["format"], manifest["schema"]) != (FORMAT, SCHEMA):
+                raise ValueError("not a manifest of this Fluffle")
+            return HeadRecord.model_validate_json(json.dumps(manifest["head"]))
+        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+            log.error("checkpoint_manifest_damaged", file=str(path), error=str(error)[:200])
+            return None
+
+    def _verified(self, sha256: str) -> bool:
+        path = self.path(sha256)
+        if not path.exists():
+            log.error("checkpoint_missing", file=str(path))
+            return False
+        with _disk(path), path.open("rb") as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        if not whole:
+            self._set_aside(path)
+        return whole
+
+    def _set_aside(self, path: Path) -> None:
+        aside = path.with_name(path.name + ".damaged")
+        with _disk(path):
+            path.replace(aside)
+        log.error("checkpoint_damaged", file=str(path), moved_to=str(aside))
+
+
+def _tensors(path: Path) -> list[dict[str, Any]]:
+    try:
+        with _disk(path), path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as view:
+            specs = manifest_of(memoryview(view))
+    except (BadMessage, ValueError) as error:
+        raise StateError(f"{path}: not a safetensors file: {error}") from None
+    return [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in specs]
+
+
+def _manifest(record: HeadRecord, model: Where, tensors: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "run_id": record.run_id,
+        "version": record.version,
+        "round": record.round,
+        "metrics": record.metrics,
+        "file": f"{model.sha256}{MODEL_SUFFIX}",
+        "size_bytes": model.size_bytes,
+        "sha256": model.sha256,
+        "tensors": tensors,
+        "head": record.model_dump(mode="json"),
+    }
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _digests(record: HeadRecord) -> set[str]:
+    return {where.sha256 for where in (record.model, record.state) if where}
+
+
+def _write(path: Path, blob: Buffer) -> None:
+    tmp = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TMP_SUFFIX}")
+    try:
+        with tmp.open("xb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        tmp.replace(path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StateError(
+            f"{path}: the checkpoint cannot be read or written ({error.strerror or error}): "
+            "free space or check its permissions, or choose another directory with --run-dir"
+        ) from error

@@ -1,0 +1,366 @@
+"""The aggregator: leads one run round after round, or stands by until it must.
+
+All it knows follows from the head record and the updates stream, so it may die anywhere: the next leader
+reads the same stream from the same offset and decides the same. One task decides, in stream order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from aggregator.announcer import Announcer, reply_to
+from aggregator.archive import Archive, report_of
+from aggregator.history import RoundReport
+from aggregator.intake import Intake, check_sender
+from aggregator.lead import Lead
+from aggregator.ledger import Ledger, weighted_means
+from aggregator.models import Models
+from aggregator.progress import best_of, evaluation_due, why_finished
+from aggregator.registry import Registry, sample
+from aggregator.round import Round, Step, deadline_s, judge, weight_of
+from aggregator.strategies import make_strategy
+from aggregator.takeover import Job, Takeover, commit
+from broker import tensors
+from broker.errors import BadMessage, LeadershipLost, TransportError
+from broker.head import ClosedRound, HeadRecord, OpenRound
+from broker.messages import (
+    Barrier,
+    FromParticipant,
+    Heartbeat,
+    Join,
+    Leave,
+    Message,
+    Rejected,
+    Status,
+    TrainFailed,
+    UpdateReady,
+)  # fmt: skip
+from broker.offload import off_loop
+from broker.topology import AGGREGATOR, Topology
+from broker.transport import Broker, Delivery
+from broker.wire import decode, encode
+
+log = structlog.get_logger(__name__)
+
+QUOTED_BYTES = 64 << 10  # of a refused message
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """Time and listeners, so that tests and simulations bring their own."""
+
+    clock: Callable[[], float] = time.time
+    on_report: Callable[[RoundReport], None] = lambda report: None  # noqa: ARG005
+    on_notice: Callable[[str, dict[str, object]], None] = lambda event, fields: None  # noqa: ARG005
+
+
+class Aggregator:
+    """One process that may lead. Run any number of them: one leads, the others stand by."""
+
+    def __init__(self, job: Job, broker: Broker, directory: Path, around: Surroundings | None = None) -> None:
+        self.job, self._broker, self._directory = job, broker, directory
+        self._around = around or Surroundings()
+        make_strategy(job.settings.strategy, job.settings.round)  # an unknown one is refused before anything starts
+
+    async def run(self) -> HeadRecord:
+        """Returns the last record once the run is finished. A lost connection or lead begins a new term."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        archive = await asyncio.to_thread(Archive, self._directory)
+        try:
+            for failures in itertools.count():
+                try:
+                    return await self._lead_once(archive)
+                except (LeadershipLost, TransportError) as lost:
+                    pause_s = random.uniform(0.5, 1) * min(0.1 * 2 ** min(failures, 10), 10)  # noqa: S311 - jitter
+                    log.warning("term_ended", reason=str(lost), next_try_s=round(pause_s, 2))
+                    await asyncio.sleep(pause_s)
+        finally:
+            archive.close()
+        raise AssertionError("unreachable")
+
+    async def _lead_once(self, archive: Archive) -> HeadRecord:
+        settings, topology = self.job.settings, Topology(self.job.settings.federation)
+        reader = await self._broker.connect(AGGREGATOR, purpose="lead")
+        try:
+            writer = await self._broker.connect(AGGREGATOR, purpose="publish")
+            try:
+                await writer.declare(*topology.aggregator_declarations())
+                name = f"{os.getpid()}-{secrets.token_hex(4)}"
+                lead = await Lead(reader, writer, topology, name, settings.broker.patience_s).acquire()
+                return await Term(self.job, lead, topology, archive, self._around).run()
+            finally:
+                await writer.close()
+        finally:
+            await reader.close()
+
+
+class Term:
+    """One term of leadership, from being handed the record to the end of the run or of the connection."""
+
+    def __init__(self, job: Job, lead: Lead, topology: Topology, archive: Archive, around: Surroundings) -> None:
+        settings = job.settings
+        self.job, self.settings, self.lead, self.topology = job, settings, lead, topology
+        self.archive, self.around = archive, around
+        self.strategy = make_strategy(settings.strategy, settings.round)
+        self.models = Models(lead.reader, lead.writer, topology, archive, settings.broker)
+        scratch = archive.checkpoints.directory
+        self.intake = Intake(lead.reader, lead.writer, topology, settings.broker, scratch)
+        self.announcer = Announcer(lead, topology, settings, self.strategy.wants)
+        self.registry = Registry((), 0.0, settings.broker.liveness_s)
+        self.blob: tensors.Buffer = b""
+        self.model: tensors.Arrays = {}
+        self.end = self.position = self.bytes_up = 0
+        self.began = self.refresh_at = 0.0
+
+    @property
+    def head(self) -> HeadRecord:
+        return self.lead.record
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether everything that was in the stream when this term began has been read."""
+        return self.position > self.end
+
+    async def run(self) -> HeadRecord:
+        """Reads and decides until the run is finished."""
+        await self._take_over()
+        updates = await self.lead.reader.read(self.topology.updates, offset=self.head.updates_from)
+        while not self.head.finished:
+            delivery = await updates.get(self._wait_s())
+            if delivery is not None:
+                await self._receive(delivery)
+            elif not self.caught_up:
+                raise LeadershipLost(f"{self.topology.updates} gave nothing up to its barrier at {self.end}")
+            if self.caught_up:
+                await self._advance(self.around.clock())
+        await self._announce()
+        return self.head
+
+    async def _take_over(self) -> None:
+        self.began = self.around.clock()
+        takeover = Takeover(self.job, self.lead, self.topology, self.archive, self.models)
+        self.blob, self.end = await takeover.take_over(self.began)
+        self.model = tensors.decode(self.blob)
+        await self.archive.note(self.head)  # the leader before may have died before it could
+        self.registry = Registry(self.head.members, self.began, self.settings.broker.liveness_s)
+        for participant in self.head.members:
+            await self.intake.prepare(participant, len(self.blob))
+        self.refresh_at = self.began + self.settings.broker.refresh_s
+        self._start_round()
+
+    def _start_round(self) -> None:
+        """Forgets what was decided since the record, or begins what it opened."""
+        self.ledger, self.position = Ledger(self.head), self.head.updates_from
+        self.round = Round(self.head.open, self.settings.round) if self.head.open else None
+        if self.round and self.round.open.work == "train":
+            self.strategy.start(self.model)
+
+    def _wait_s(self) -> float:
+        if not self.caught_up:
+            return self.settings.broker.patience_s
+        until = self.round.open.deadline if self.round else self.began + self.settings.round.deadline_s
+        now = self.around.clock()
+        return max(0.0, min(until if until > now or self.round else self.refresh_at, self.refresh_at) - now)
+
+    # -- receiving: every message becomes a decision, in the order of the stream ---------------------------
+
+    async def _receive(self, delivery: Delivery) -> None:
+        behind, self.position = not self.caught_up, delivery.offset + 1
+        self.bytes_up += len(delivery.body)
+        message: Message | None = None
+        try:
+            message, payload = decode(delivery.body)
+            if not (isinstance(message, Barrier) and delivery.sender == AGGREGATOR):
+                await self._handle(check_sender(message, delivery), payload, delivery.offset)
+        except BadMessage as bad:
+            await self._refuse(delivery, message, bad.reason)
+        if behind and self.caught_up:
+            log.info("caught_up", offset=delivery.offset, round=self.head.round, epoch=self.head.epoch)
+            await self._announce()
+
+    async def _handle(self, message: FromParticipant, payload: memoryview, offset: int) -> None:
+        self.registry.hear(message.participant, self.around.clock())
+        match message:
+            case UpdateReady():
+                await self._update(message, payload, offset)
+            case Join() | Heartbeat():
+                await self._heard(message)
+            case TrainFailed() if self.round and (message.run_id, message.task) == (
+                self.head.run_id,
+                self.head.task,
+            ):
+                log.warning("training_failed", participant=message.participant, error=message.error)
+                self.round.fail(message.participant)
+            case Leave():
+                self.registry.leave(message.participant)
+                if self.round:
+                    self.round.fail(message.participant)
+
+    async def _update(self, update: UpdateReady, payload: memoryview, offset: int) -> None:
+        judged = judge(update, self.head, self.ledger.settled, self.settings.round)
+        match judged.verdict:
+            case "refused":
+                raise BadMessage(judged.reason)
+            case "duplicate":
+                self.ledger.duplicate(update, offset, judged.reason)
+            case "late":
+                weight = await self._fold(update, payload, judged.staleness) if judged.folds else 0
+                self.ledger.late(update, offset, weight, judged.staleness, judged.reason)
+            case "counted" if self.round:
+                weight = await self._fold(update, payload, 0)
+                self.ledger.counted(update, offset, weight)
+                self.round.accept(update.participant, weight)
+
+    async def _fold(self, update: UpdateReady, payload: memoryview, staleness: int) -> int:
+        """Adds the update's arrays, if it has any, to the open round's sum; returns the weight."""
+        weight = weight_of(update.num_examples, staleness, self.settings.round)
+        if update.arrays == "none":
+            return weight
+        if update.arrays != self.strategy.wants:
+            raise BadMessage(
+                f"strategy {self.settings.strategy.name!r} sums {self.strategy.wants}s, not {update.arrays}s"
+            )
+        arrays = await self.intake.arrays(update, payload, self.model, len(self.blob))
+        if update.body and update.body.where == "stream":
+            self.bytes_up += update.body.size_bytes
+        await off_loop(len(self.blob), self.strategy.add, arrays, weight)
+        return weight
+
+    async def _refuse(self, delivery: Delivery, message: Message | None, reason: str) -> None:
+        """Nothing that was accepted is touched; the reason goes to the ledger, the log and the rejected queue."""
+        task = message.task if isinstance(message, UpdateReady) and message.participant == delivery.sender else 0
+        self.ledger.refused(delivery.sender, task, delivery.offset, reason)
+        if self.round and task == self.round.open.task:
+            self.round.fail(delivery.sender)
+        log.warning("update_rejected", participant=delivery.sender, offset=delivery.offset, reason=reason)
+        note = Rejected(offset=delivery.offset, participant=delivery.sender, reason=reason[:2000])
+        await self.lead.writer.publish("", self.topology.rejected, encode(note, delivery.body[:QUOTED_BYTES]))
+
+    async def _heard(self, status: Status) -> None:
+        await self.intake.prepare(status.participant, len(self.blob))
+        if not self.caught_up:
+            return
+        if self.round and self._has_room(self.round.open, status.participant):
+            cohort = tuple(sorted((*self.round.open.cohort, status.participant)))
+            await self._reopen(self.round, self.round.open.model_copy(update={"cohort": cohort}))
+        missing = self.round.missing if self.round else []
+        fates = reply_to(status, self.head, self.ledger.settled, missing)
+        if fates is not None:
+            await self.announcer.tell(status.participant, fates, self.round, self.around.clock())
+
+    # -- deciding: what the state machine asks for becomes a head record ------------------------------------
+
+    async def _advance(self, now: float) -> None:
+        if self.round is None:
+            if self._enough(now):
+                await self._commit_progress(self._opened(self.head, "train", now).with_(closed=None))
+                await self._announce()
+        else:
+            match self.round.step(now):
+                case Step.CLOSE:
+                    await self._close(self.round, now)
+                case Step.EXTEND:
+                    live = self.registry.live(now)
+                    await self._reopen(self.round, self.round.extended(now, live, live))
+                    await self._announce()
+        if now >= self.refresh_at:
+            await self._commit(self.head)
+
+    async def _close(self, closing: Round, now: float) -> None:
+        """One record closes this round and opens the next."""
+        opened = closing.open
+        metrics = weighted_means(self.ledger.metrics, "train_" if opened.work == "train" else "")
+        record = self.head.with_(round=opened.round, metrics={**self.head.metrics, **metrics})
+        if opened.work == "train":
+            record = await self._new_version(record.with_(metrics=metrics))
+        if self.job.metric in record.metrics:
+            record = record.with_(best=best_of(record, self.job.metric))
+        closed = ClosedRound(
+            work=opened.work, round=opened.round, attempt=opened.attempt, task=opened.task, opened=opened.opened,
+            closed=now, cohort=len(opened.cohort), bytes_up=self.bytes_up, bytes_down=self.announcer.bytes_down,
+            unlisted=self.ledger.unlisted,
+        )  # fmt: skip
+        self.bytes_up = self.announcer.bytes_down = 0
+        await self._commit_progress(self._continued(record.with_(closed=closed, open=None), opened.work, now))
+        self.around.on_report(report_of(self.head, closed))
+        if not self.head.finished:
+            await self._announce()
+
+    async def _new_version(self, record: HeadRecord) -> HeadRecord:
+        """The record with the round's new model, stored and measured but not yet committed."""
+        arrays = await off_loop(len(self.blob), self.strategy.finish)
+        self.blob = await off_loop(len(self.blob), tensors.encode, arrays)
+        self.model = tensors.decode(self.blob)
+        where = await self.models.put(record.run_id, self.blob)
+        metrics = dict(record.metrics)
+        if self.job.evaluate and evaluation_due(self.settings, "central", record.round):
+            metrics |= await asyncio.to_thread(self.job.evaluate, self.model)
+        return record.with_(version=record.version + 1, model=where, previous=record.model, metrics=metrics)
+
+    def _continued(self, record: HeadRecord, work: str, now: float) -> HeadRecord:
+        """What comes after a closed round: its evaluation, the end, the next round, or a wait for participants."""
+        if work == "train" and self.registry.live(now) and evaluation_due(self.settings, "federated", record.round):
+            return self._opened(record, "evaluate", now)
+        if why := why_finished(record, self.settings, now):
+            return record.with_(finished=why)
+        return self._opened(record, "train", now) if self._enough(now) else record
+
+    def _enough(self, now: float) -> bool:
+        """Whether a round can open. The first waits for everybody expected, but not longer than a deadline."""
+        rounds, live = self.settings.round, len(self.registry.live(now))
+        if self.head.task == 0 and now < self.began + rounds.deadline_s:
+            return live >= rounds.participants
+        return live >= max(1, rounds.quorum or rounds.target)
+
+    def _opened(self, record: HeadRecord, work: str, now: float) -> HeadRecord:
+        """The record with a task for a cohort of those who live."""
+        number = record.round + (work == "train")
+        cohort = sample(self.registry.live(now), self.settings.round.most_asked, self.settings.seed, number)
+        task, sha256 = record.task + 1, record.model.sha256 if record.model else ""
+        opened = OpenRound(
+            work="train" if work == "train" else "evaluate", round=number, attempt=1, task=task, epoch=record.epoch,
+            cohort=cohort, opened=now, deadline=now + deadline_s(self.settings.round, 1),
+        )  # fmt: skip
+        remembered = 2 * self.settings.round.staleness_max + 4  # evaluations are tasks too
+        lineage = (*record.lineage, (task, record.version, sha256))[-remembered:]
+        return record.with_(open=opened, task=task, lineage=lineage)
+
+    def _has_room(self, opened: OpenRound, participant: str) -> bool:
+        """Whether one who comes in the middle of a round can still be asked."""
+        free = len(opened.cohort) < self.settings.round.most_asked
+        return opened.work == "train" and free and participant not in opened.cohort
+
+    async def _reopen(self, current: Round, opened: OpenRound) -> None:
+        """Changes who is asked, or until when; what was accepted stays, for the record's offset stays too."""
+        await self._commit(self.head.with_(open=opened))
+        current.reopen(opened)
+
+    async def _commit_progress(self, record: HeadRecord) -> None:
+        """Commits all that was read and decided so far, then tells the history."""
+        record = record.with_(
+            updates_from=self.position,
+            members=tuple(self.registry.live(self.around.clock())),
+            settled=self.ledger.settled,
+            decided=tuple(self.ledger.decided),
+        )
+        await self._commit(record)
+        self._start_round()
+        await self.archive.note(self.head)
+
+    async def _commit(self, record: HeadRecord) -> None:
+        await commit(self.lead, record, self.blob)
+        self.refresh_at = self.around.clock() + self.settings.broker.refresh_s
+
+    async def _announce(self) -> None:
+        now = self.around.clock()
+        await self.announcer.announce(self.round, self.registry.live(now), now)

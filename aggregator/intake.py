@@ -1,0 +1,97 @@
+"""How what participants send is checked before anything believes it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import tempfile
+from pathlib import Path
+
+from aggregator.settings import BrokerSettings
+from broker.errors import BadMessage, StateError
+from broker.messages import Barrier, FromParticipant, Message, UpdateReady, Where
+from broker.offload import off_loop
+from broker.payloads import Assembly, collect, verify
+from broker.tensors import Arrays, Buffer, check_like, decode
+from broker.topology import Topology
+from broker.transport import Delivery, Transport
+from broker.wire import encode
+
+SPARE_BYTES = 1 << 20  # a manifest may be written differently from ours
+
+
+def check_sender(message: Message, delivery: Delivery) -> FromParticipant:
+    """The message, if the broker vouches that its sender and address are those that it names."""
+    if not isinstance(message, FromParticipant):
+        raise BadMessage(f"a {message.kind} message is nothing that a participant sends")
+    if message.participant != delivery.sender or delivery.key != f"{message.participant}.{message.kind}":
+        raise BadMessage(
+            f"{message.kind} message in the name of {message.participant!r} "
+            f"came from {delivery.sender!r} with key {delivery.key!r}"
+        )
+    return message
+
+
+class Intake:
+    """Fetches an update's arrays, from behind its header or from its participant's outbox."""
+
+    def __init__(
+        self, reader: Transport, writer: Transport, topology: Topology, settings: BrokerSettings, scratch: Path
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._topology = topology
+        self._settings = settings
+        self._scratch = scratch
+        self._read_to: dict[str, int] = {}
+
+    async def prepare(self, participant: str, update_bytes: int) -> None:
+        """Makes sure that a participant with large updates has somewhere to put them."""
+        if update_bytes > self._settings.inline_bytes and participant not in self._read_to:
+            await self._writer.declare(*self._topology.outbox_declarations(participant, update_bytes + SPARE_BYTES))
+            self._read_to[participant] = 0
+
+    async def arrays(self, update: UpdateReady, payload: memoryview, like: Arrays, most_bytes: int) -> Arrays:
+        """The update's arrays: whole, genuine, and shaped like the model. Raises BadMessage."""
+        if update.body is None:
+            raise BadMessage("the update has no body")
+        if update.body.size_bytes > most_bytes + SPARE_BYTES:
+            raise BadMessage(f"body of {update.body.size_bytes} bytes is above the model's {most_bytes}")
+        blob = (
+            payload if update.body.where == "inline" else await self._from_outbox(update.participant, update.body)
+        )
+        await verify(blob, update.body)
+        arrays = await off_loop(0, decode, blob)
+        check_like(arrays, like)
+        return arrays
+
+    async def _from_outbox(self, participant: str, where: Where) -> Buffer:
+        """All chunks were confirmed before the update was announced, so a barrier ends the search for them."""
+        if participant not in self._read_to or not where.chunks or not where.size_bytes:
+            raise BadMessage(f"{participant} has no outbox: updates here travel inline")
+        outbox = self._topology.outbox(participant)
+        buffer = scratch(self._scratch, where.size_bytes)
+        barrier = Barrier(nonce=secrets.token_hex(8))
+        stream = await self._reader.read(outbox, offset=self._read_to[participant])
+        try:
+            await self._writer.publish("", outbox, encode(barrier), timeout_s=self._settings.patience_s)
+            assembly = Assembly.into(buffer, where, participant)
+            self._read_to[participant] = await collect(
+                stream, assembly, end=barrier, patience_s=self._settings.patience_s
+            )
+        finally:
+            await stream.close()
+        return buffer
+
+
+def scratch(directory: Path, size_bytes: int) -> memoryview:
+    """Memory backed by a file without a name: the system may write it out, and it is gone with the process."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)  # or a full disk would kill us later, as SIGBUS
+            return memoryview(mmap.mmap(file.fileno(), size_bytes))
+    except OSError as error:
+        raise StateError(
+            f"{directory}: no room for an update of {size_bytes} bytes ({error}): free some"
+        ) from error

@@ -1,0 +1,75 @@
+"""What this term has decided since the last committed record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from broker.head import Decision, HeadRecord
+from broker.messages import Fate, Metrics, UpdateReady, Verdict
+
+MOST_LISTED = 20_000  # refused and duplicate messages beyond are counted, no longer listed: a flood stays small
+
+
+class Ledger:
+    """Begins as the record says and grows with every decision; the next record takes it over whole."""
+
+    def __init__(self, head: HeadRecord) -> None:
+        self.settled: dict[str, tuple[int, Fate]] = dict(head.settled)
+        self.decided: list[Decision] = []
+        self.metrics: dict[str, tuple[int, Metrics]] = {}
+        self.unlisted = 0
+
+    def counted(self, update: UpdateReady, offset: int, weight: int) -> None:
+        """An answer to the open task, accepted."""
+        self.settled[update.participant] = (update.task, "counted")
+        self.metrics[update.participant] = (weight, update.metrics)
+        self._list("counted", update.participant, update.task, offset, weight=weight)
+
+    def late(self, update: UpdateReady, offset: int, weight: int, staleness: int, reason: str) -> None:
+        """An answer to a closed task; with a weight it was summed all the same."""
+        self.settled[update.participant] = (update.task, "counted" if weight else "late")
+        self._list(
+            "late", update.participant, update.task, offset, weight=weight, staleness=staleness, reason=reason
+        )
+
+    def duplicate(self, update: UpdateReady, offset: int, reason: str) -> None:
+        self._list("duplicate", update.participant, update.task, offset, reason=reason)
+
+    def refused(self, participant: str, task: int, offset: int, reason: str) -> None:
+        """Not even counted as an answer: the participant may try the same task again."""
+        last_task, _ = self.settled.get(participant, (0, "refused"))
+        if task > last_task:
+            self.settled[participant] = (task, "refused")
+        self._list("refused", participant, task, offset, reason=reason)
+
+    def _list(
+        self,
+        verdict: Verdict,
+        participant: str,
+        task: int,
+        offset: int,
+        *,
+        weight: int = 0,
+        staleness: int = 0,
+        reason: str = "",
+    ) -> None:
+        if len(self.decided) >= MOST_LISTED and verdict in ("refused", "duplicate"):
+            self.unlisted += 1
+            return
+        self.decided.append(
+            Decision(
+                offset=offset, participant=participant, task=task, verdict=verdict,
+                weight=weight, staleness=staleness, reason=reason[:200],
+            )
+        )  # fmt: skip
+
+
+def weighted_means(reports: Mapping[str, tuple[int, Metrics]], prefix: str) -> Metrics:
+    """Means of each metric over those who reported it, by weight; the same in whatever order they came."""
+    names = {name for _, metrics in reports.values() for name in metrics}
+    means = {}
+    for name in sorted(names):
+        told = [(weight, metrics[name]) for weight, metrics in reports.values() if name in metrics]
+        means[prefix + name] = math.fsum(w * value for w, value in told) / sum(w for w, _ in told)
+    return means

@@ -1,0 +1,109 @@
+"""Weighted sums that come out the same, bit for bit, in whatever order updates arrive.
+
+Each value is scaled and rounded to an integer once, and integers add up exactly. How many bits there are
+for the fraction follows from committed data only (the global model, the largest admissible weight), so
+every leader that replays the same updates computes the same sum. See docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker.errors import BadMessage, StateError
+from broker.tensors import Arrays
+
+BLOCK = 1 << 16  # values: float64 and int64 temporaries of a block stay in the processor's cache
+LEAST_BOUND = 2.0**10
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Values within ±bound are summed as integers in units of 2**-bits."""
+
+    bound: float
+    bits: int
+
+    @classmethod
+    def of(cls, name: str, values: NDArray[Any], weight_max: int, weight_cap: int) -> Scale:
+        """Room for the values of one tensor. Raises StateError if the model has grown beyond all bounds."""
+        largest = float(np.abs(values).max()) if values.size else 0.0
+        if not math.isfinite(largest):
+            raise StateError(f"tensor {name!r} of the global model is not finite: the run has diverged")
+        log_bound = math.ceil(math.log2(max(LEAST_BOUND, 16 * largest)))
+        bits = min(62 - log_bound - _log2(weight_cap), 51 - log_bound - _log2(weight_max))
+        if bits < 0:
+            raise StateError(
+                f"tensor {name!r} has values of {largest:g}, too large to sum exactly: scale the model"
+            )
+        return cls(2.0**log_bound, bits)
+
+
+def _log2(weight: int) -> int:
+    return max(0, (weight - 1).bit_length())
+
+
+class FixedPointSum:
+    """The weighted sum of arrays shaped like a model: one int64 accumulator, however many updates."""
+
+    def __init__(self, weight_max: int, weight_cap: int) -> None:
+        self.weight_max = weight_max
+        self.weight_cap = weight_cap
+        self.weight = 0
+        self._scales: dict[str, Scale] = {}
+        self._sums: dict[str, NDArray[np.int64]] = {}
+
+    def start(self, model: Arrays) -> None:
+        """Begins at zero for updates of this model; the accumulators are allocated once per run."""
+        self._scales = {name: Scale.of(name, v, self.weight_max, self.weight_cap) for name, v in model.items()}
+        self.weight = 0
+        if {n: s.size for n, s in self._sums.items()} != {n: v.size for n, v in model.items()}:
+            self._sums = {name: np.zeros(v.size, np.int64) for name, v in model.items()}
+        for accumulator in self._sums.values():
+            accumulator.fill(0)
+
+    def add(self, arrays: Arrays, weight: int) -> None:
+        """Adds weight * arrays, all or nothing. Raises BadMessage if a value is out of bounds or not finite."""
+        if not 0 < weight <= self.weight_max or self.weight + weight > self.weight_cap:
+            raise BadMessage(f"weight {weight} does not fit: {self.weight} of at most {self.weight_cap} is summed")
+        for name, values in arrays.items():
+            self._check(name, values)
+        for name, values in arrays.items():
+            self._fold(name, values, weight)
+        self.weight += weight
+
+    def _check(self, name: str, values: NDArray[Any]) -> None:
+        bound = self._scales[name].bound
+        flat = values.reshape(-1)
+        for start in range(0, flat.size, BLOCK):
+            block = flat[start : start + BLOCK]
+            # Also false for NaN, which compares unequal to everything.
+            if not (block.min() >= -bound and block.max() <= bound):
+                raise BadMessage(f"tensor {name!r} has values that are not finite or beyond ±{bound:g}")
+
+    def _fold(self, name: str, values: NDArray[Any], weight: int) -> None:
+        factor = float(weight) * 2.0 ** self._scales[name].bits
+        flat, accumulator = values.reshape(-1), self._sums[name]
+        for start in range(0, flat.size, BLOCK):
+            scaled = flat[start : start + BLOCK].astype(np.float64)
+            scaled *= factor
+            np.rint(scaled, out=scaled)
+            accumulator[start : start + BLOCK] += scaled.astype(np.int64)
+
+    def step(self, model: Arrays, rate: float) -> Arrays:
+        """New arrays model + rate * mean, in the model's dtypes; integers are rounded to the nearest."""
+        return {name: self._moved(name, values, rate) for name, values in model.items()}
+
+    def _moved(self, name: str, values: NDArray[Any], rate: float) -> NDArray[Any]:
+        flat, accumulator = values.reshape(-1), self._sums[name]
+        moved = np.empty(flat.size, dtype=values.dtype)
+        divisor = float(self.weight) * 2.0 ** self._scales[name].bits
+        for start in range(0, flat.size, BLOCK):
+            part = slice(start, start + BLOCK)
+            exact = flat[part].astype(np.float64) + rate * (accumulator[part].astype(np.float64) / divisor)
+            moved[part] = exact if values.dtype.kind == "f" else np.rint(exact)
+        return moved.reshape(values.shape)

@@ -1,0 +1,122 @@
+"""How a new leader comes to know the run: from the record, or, if there is none, from the beginning."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from aggregator.archive import Archive
+from aggregator.lead import Lead
+from aggregator.models import Models
+from aggregator.settings import RunSettings
+from broker import tensors
+from broker.errors import ConfigError, LeadershipLost, StateError
+from broker.head import HeadRecord
+from broker.messages import Barrier, Metrics
+from broker.topology import Topology
+from broker.wire import encode
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is run. `evaluate` measures a model on held-out data; `metric` judges versions.
+
+    An unfinished other run is given up only if `abandon` names it; a run whose record is gone but whose
+    checkpoints are there goes on `from_checkpoint`, or begins again if `fresh`.
+    """
+
+    settings: RunSettings
+    initial: Callable[[], tensors.Arrays]
+    evaluate: Callable[[tensors.Arrays], Metrics] | None = None
+    metric: str = "loss"
+    abandon: str = ""
+    from_checkpoint: bool = False
+    fresh: bool = False
+
+
+class Takeover:
+    """The steps between being handed the record and reading updates. They commit through `lead`."""
+
+    def __init__(self, job: Job, lead: Lead, topology: Topology, archive: Archive, models: Models) -> None:
+        self._job, self._lead, self._topology, self._archive, self._models = job, lead, topology, archive, models
+
+    async def take_over(self, now: float) -> tuple[tensors.Buffer, int]:
+        """The global model's bytes, and the offset up to which updates were there before this term."""
+        end = await self._mark_end()
+        blob = await (
+            self._begin(now, end) if self._lead.record.run_id != self._job.settings.run_id else self._load()
+        )
+        if end < self._lead.record.updates_from:
+            log.error("updates_stream_lost_its_tail", end=end, read_to=self._lead.record.updates_from)
+            await commit(self._lead, self._lead.record.with_(updates_from=end), blob)
+        return blob, end
+
+    async def _mark_end(self) -> int:
+        """The offset of a barrier published now."""
+        stream, patience_s = self._topology.updates, self._job.settings.broker.patience_s
+        barrier = encode(Barrier(nonce=secrets.token_hex(8)))
+        tail = await self._lead.reader.read(stream, offset="next", prefetch=1)
+        await self._lead.writer.publish("", stream, barrier, timeout_s=patience_s)
+        while (delivery := await tail.get(patience_s)) is not None:
+            if delivery.body == barrier:
+                await tail.close()
+                return delivery.offset
+        raise LeadershipLost(f"the barrier in {stream} was not delivered back within {patience_s:g} s")
+
+    async def _load(self) -> tensors.Buffer:
+        record = self._lead.record
+        if record.model is None:
+            raise StateError(f"the record of run {record.run_id!r} names no model: give it up with --abandon")
+        blob, on_broker = await self._models.get(record.model, self._lead.payload)
+        if not on_broker:
+            where = await self._models.put(record.run_id, blob)
+            await commit(self._lead, record.with_(model=where), blob)
+        return blob
+
+    async def _begin(self, now: float, end: int) -> tensors.Buffer:
+        """Replaces the record of no run, or of another that is over, by the first of this one."""
+        old, run_id = self._lead.record, self._job.settings.run_id
+        if old.run_id and not old.finished and old.run_id != self._job.abandon:
+            raise ConfigError(
+                f"federation {self._topology.federation!r} is in run {old.run_id!r} (after round {old.round}, "
+                f"unfinished): wait for it, go on with it under that id, or give it up with --abandon {old.run_id}"
+            )
+        first, blob = await self._saved() or await self._fresh(now)
+        where = await self._models.put(run_id, blob)
+        epoch = max(old.epoch, first.epoch + 1)  # above what workers have seen of this run
+        first = first.with_(
+            epoch=epoch, seq=old.seq + 1, model=where, updates_from=end, open=None, closed=None, decided=()
+        )
+        await commit(self._lead, first, blob)
+        log.info("run_began", run_id=run_id, version=first.version, model_bytes=len(blob))
+        return blob
+
+    async def _saved(self) -> tuple[HeadRecord, tensors.Buffer] | None:
+        saved = await self._archive.newest()
+        if saved is None or saved.model is None or self._job.fresh:
+            return None
+        if not self._job.from_checkpoint:
+            raise StateError(
+                f"run {saved.run_id!r} has checkpoints up to version {saved.version}, but the broker has no record "
+                "of it: go on with them (--from-checkpoint, for simulate --resume), or begin again with --fresh"
+            )
+        blob = await self._archive.load(saved.model.sha256)
+        return None if blob is None else (saved, blob)
+
+    async def _fresh(self, now: float) -> tuple[HeadRecord, tensors.Buffer]:
+        blob = await asyncio.to_thread(lambda: tensors.encode(self._job.initial()))
+        return HeadRecord(run_id=self._job.settings.run_id, started=now), blob
+
+
+async def commit(lead: Lead, record: HeadRecord, blob: tensors.Buffer) -> None:
+    """Commits `record` as the successor of the last, with the model behind it if that is inline."""
+    inline = record.model is not None and record.model.where == "inline"
+    if record.epoch == lead.record.epoch:
+        record = record.with_(seq=lead.record.seq + 1)
+    await lead.commit(record, blob if inline else b"")

@@ -1,0 +1,111 @@
+"""The head record: the one message that is the whole truth of a run, and its parts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from broker.messages import (
+    MAX_ITEMS,
+    Count,
+    Fate,
+    Message,
+    Metrics,
+    Part,
+    Participant,
+    RunId,
+    Sha256,
+    Text,
+    Verdict,
+    Where,
+    Word,
+)
+
+
+class OpenRound(Part):
+    """The piece of work that is open. `deadline` and `opened` are Unix seconds of the aggregator's clock."""
+
+    work: Literal["train", "evaluate"]
+    round: Count
+    attempt: Annotated[int, Field(ge=1)]
+    task: Count
+    epoch: Count  # in which the task was first offered
+    cohort: Annotated[tuple[Participant, ...], Field(max_length=MAX_ITEMS)]
+    opened: float
+    deadline: float
+
+
+class Decision(Part):
+    """What became of one message in `updates`: one line of the ledger."""
+
+    offset: Count
+    participant: Word
+    task: Count
+    verdict: Verdict
+    weight: Count = 0  # integer weight in the sum; 0 was not summed
+    staleness: Count = 0
+    reason: Text = ""
+
+
+class ClosedRound(Part):
+    """What the history says of the last piece of work that closed. Bytes are those of its messages and chunks."""
+
+    work: Literal["train", "evaluate"]
+    round: Count
+    attempt: Count
+    task: Count
+    cohort: Count
+    opened: float
+    closed: float
+    bytes_up: Count = 0
+    bytes_down: Count = 0
+    unlisted: Count = 0  # refused and duplicate messages beyond those that `decided` lists
+
+
+class Best(Part):
+    """The best version so far by the metric that the run is judged by."""
+
+    version: Count
+    round: Count
+    value: float
+    sha256: Sha256
+
+
+class HeadRecord(Message):
+    """The whole truth of a run: it is replaced as one message, so nothing in it can disagree.
+
+    `settled` holds each participant's last decided task; `decided` what was decided since the record before.
+    The payload is the model, then the strategy's state, as far as they are inline.
+    """
+
+    kind: ClassVar[str] = "head"
+    run_id: RunId | Literal[""] = ""
+    epoch: Count = 0
+    seq: Count = 0
+    by: Word = ""
+    started: float = 0.0
+    version: Count = 0
+    round: Count = 0  # last closed
+    task: Count = 0  # last offered
+    model: Where | None = None
+    state: Where | None = None
+    previous: Where | None = None
+    lineage: Annotated[tuple[tuple[Count, Count, Sha256], ...], Field(max_length=1000)] = ()
+    open: OpenRound | None = None
+    closed: ClosedRound | None = None
+    updates_from: Count = 0
+    members: Annotated[tuple[Participant, ...], Field(max_length=MAX_ITEMS)] = ()
+    settled: Annotated[dict[Participant, tuple[Count, Fate]], Field(max_length=MAX_ITEMS)] = {}
+    decided: Annotated[tuple[Decision, ...], Field(max_length=MAX_ITEMS)] = ()
+    metrics: Metrics = {}
+    best: Best | None = None
+    finished: Word = ""  # why the run ended; empty while it runs
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        return (self.epoch, self.seq)
+
+    def with_(self, **changes: Any) -> Self:
+        """A copy with these fields replaced and checked again."""
+        return type(self)(**{**dict(self), **changes})

@@ -1,0 +1,113 @@
+"""Payloads of any size. Small ones travel inline; larger ones as numbered chunks in a stream.
+
+A payload of `size_bytes` in `chunks` pieces is cut evenly, so every piece's place follows from its index:
+duplicates and reordering do no harm, and a broken upload goes on after the last confirmed chunk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from broker.errors import BadMessage
+from broker.messages import Barrier, Chunk, Where
+from broker.offload import off_loop
+from broker.tensors import Buffer
+from broker.transport import Inbox, Transport
+from broker.wire import decode, encode
+
+WINDOW = 4  # chunks in flight: more gains nothing and costs repeats after a cut
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to publish: an exchange and a routing key, or "" and a stream's name."""
+
+    exchange: str
+    key: str
+
+
+def describe(blob: Buffer, inline_bytes: int, chunk_bytes: int) -> Where:
+    """How `blob` travels: inline if it is small, else in chunks (the sender fills in the stream)."""
+    sha256 = hashlib.sha256(blob).hexdigest()
+    if len(blob) <= inline_bytes:
+        return Where(where="inline", size_bytes=len(blob), sha256=sha256)
+    return Where(where="stream", size_bytes=len(blob), sha256=sha256, chunks=-(-len(blob) // chunk_bytes))
+
+
+def piece(where: Where, index: int) -> slice:
+    """The bytes of the payload that chunk `index` holds."""
+    step = -(-where.size_bytes // where.chunks)
+    return slice(min(index * step, where.size_bytes), min((index + 1) * step, where.size_bytes))
+
+
+async def upload(
+    transport: Transport, to: Address, where: Where, blob: Buffer, *, after: Callable[[int], None] | None = None
+) -> None:
+    """Publishes all chunks of a payload; `after(i)` is told that all up to chunk i have arrived."""
+    view = memoryview(blob)
+    for start in range(0, where.chunks, WINDOW):
+        window = range(start, min(start + WINDOW, where.chunks))
+        frames = [_chunk(where, index, view[piece(where, index)]) for index in window]
+        await asyncio.gather(*(transport.publish(to.exchange, to.key, frame) for frame in frames))
+        if after is not None:
+            after(window[-1])
+
+
+def _chunk(where: Where, index: int, data: memoryview) -> bytes:
+    return encode(Chunk(of=where.sha256, index=index, crc32=zlib.crc32(data)), data)
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """Puts the chunks of one payload into its buffer, each once, if `sender` published them."""
+
+    where: Where
+    sender: str
+    buffer: memoryview
+    missing: set[int]
+
+    @classmethod
+    def into(cls, buffer: Buffer, where: Where, sender: str) -> Assembly:
+        if len(buffer) != where.size_bytes:
+            raise ValueError(f"buffer of {len(buffer)} bytes for a payload of {where.size_bytes}")
+        return cls(where, sender, memoryview(buffer), set(range(where.chunks)))
+
+    def add(self, chunk: Chunk, data: memoryview) -> None:
+        """Takes a chunk of this payload. Raises BadMessage if it is damaged."""
+        if chunk.of != self.where.sha256 or chunk.index not in self.missing:
+            return
+        place = piece(self.where, chunk.index)
+        if len(data) != place.stop - place.start or zlib.crc32(data) != chunk.crc32:
+            raise BadMessage(f"chunk {chunk.index} of {chunk.of[:12]} is damaged: wrong length or checksum")
+        self.buffer[place] = data
+        self.missing.discard(chunk.index)
+
+
+async def collect(inbox: Inbox, assembly: Assembly, *, end: Barrier | None, patience_s: float) -> int:
+    """Reads a stream until the payload is whole; returns the offset after the last message it read.
+
+    Raises BadMessage once `end` was read, or nothing came for `patience_s`, and pieces still miss.
+    """
+    offset = 0
+    while assembly.missing:
+        delivery = await inbox.get(patience_s)
+        message, data = decode(delivery.body) if delivery else (None, memoryview(b""))
+        if message is None or message == end:
+            many = f"{len(assembly.missing)} of {assembly.where.chunks}"
+            raise BadMessage(f"{many} chunks of {assembly.where.sha256[:12]} are missing")
+        if delivery and delivery.sender == assembly.sender and isinstance(message, Chunk):
+            assembly.add(message, data)
+            offset = delivery.offset + 1
+    return offset
+
+
+async def verify(blob: Buffer, where: Where) -> None:
+    """Raises BadMessage unless size and sha256 are what `where` says."""
+    if len(blob) != where.size_bytes:
+        raise BadMessage(f"payload has {len(blob)} bytes, its header says {where.size_bytes}")
+    if await off_loop(len(blob), lambda: hashlib.sha256(blob).hexdigest()) != where.sha256:
+        raise BadMessage("payload does not match its sha256: it was damaged or replaced on the way")

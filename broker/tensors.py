@@ -1,0 +1,162 @@
+"""Named tensors as bytes: a manifest, then raw values. The format is safetensors, byte for byte.
+
+So a model on the wire, in the head record and on disk are the same bytes with the same sha256, which
+anybody can check with `sha256sum`, and any tool that reads safetensors reads our checkpoints.
+Encoding is canonical (equal arrays give equal bytes); decoding is strict and copies nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker.errors import BadMessage
+
+Arrays = dict[str, NDArray[Any]]
+Buffer = bytes | bytearray | memoryview
+
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_TENSORS = 100_000
+MAX_NAME = 200
+MAX_DIMENSIONS = 8
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("<i1"),
+    "U8": np.dtype("<u1"),
+    "BOOL": np.dtype("?"),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, dtype code and shape of one tensor, and where its bytes lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def encode(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """The arrays as one safetensors file. Raises BadMessage for a dtype that does not travel."""
+    buffers = encode_buffers(arrays)
+    return b"".join(buffers)
+
+
+def encode_buffers(arrays: Mapping[str, NDArray[Any]]) -> list[Buffer]:
+    """What `encode` joins: the manifest and a view of each contiguous array, without copying values."""
+    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    manifest: dict[str, Any] = {}
+    values: list[Buffer] = []
+    begin = 0
+    for name in names:
+        array = _little_endian(name, arrays[name])
+        end = begin + array.nbytes
+        manifest[name] = {
+            "dtype": CODES[array.dtype],
+            "shape": list(arrays[name].shape),
+            "data_offsets": [begin, end],
+        }
+        values.append(array.data.cast("B") if array.nbytes else b"")
+        begin = end
+    header = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return [len(header).to_bytes(8, "little"), header, *values]
+
+
+def _little_endian(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    dtype = array.dtype.newbyteorder("<")
+    if dtype not in CODES:
+        raise BadMessage(f"tensor {name!r} has dtype {array.dtype}, which does not travel: use {', '.join(DTYPES)}")
+    return np.ascontiguousarray(array, dtype=dtype).reshape(-1)
+
+
+def decode(blob: Buffer) -> Arrays:
+    """Read-only views into `blob`. Raises BadMessage unless it is one well-formed safetensors file."""
+    view = memoryview(blob).toreadonly()
+    return {
+        spec.name: np.frombuffer(view[spec.begin : spec.end], dtype=DTYPES[spec.dtype]).reshape(spec.shape)
+        for spec in manifest_of(view)
+    }
+
+
+def manifest_of(blob: Buffer) -> list[TensorSpec]:
+    """Every tensor of a safetensors file, after checking that they cover it exactly."""
+    view = memoryview(blob)
+    length = int.from_bytes(view[:8], "little")
+    if len(view) < 8 or length > min(MAX_MANIFEST_BYTES, len(view) - 8):
+        raise BadMessage(f"tensor manifest of {length} bytes exceeds the payload of {len(view)} or the limit")
+    specs = [_spec(name, entry, 8 + length) for name, entry in _parse(view[8 : 8 + length]).items()]
+    position = 8 + length
+    for spec in sorted(specs, key=lambda spec: (spec.begin, spec.end)):
+        if spec.begin != position:
+            raise BadMessage(f"tensor {spec.name!r} begins at byte {spec.begin}, expected {position}")
+        position = spec.end
+    if position != len(view):
+        raise BadMessage(f"tensors end at byte {position} but the payload has {len(view)}")
+    return specs
+
+
+def _parse(header: memoryview) -> dict[str, Any]:
+    try:
+        entries = json.loads(bytes(header), object_pairs_hook=_no_twins)
+    except (ValueError, RecursionError) as error:
+        raise BadMessage(f"tensor manifest is not valid JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise BadMessage("tensor manifest is not a map")
+    entries.pop("__metadata__", None)
+    if len(entries) > MAX_TENSORS:
+        raise BadMessage(f"tensor manifest lists {len(entries)} tensors, above the limit of {MAX_TENSORS}")
+    return entries
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name appears twice")
+    return entries
+
+
+def _spec(name: str, entry: Any, data_begin: int) -> TensorSpec:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)], **rest} if (
+            not rest
+        ):
+            pass
+        case _:
+            raise BadMessage(
+                f"tensor {name[:MAX_NAME]!r}: manifest entry needs exactly dtype, shape and data_offsets"
+            )
+    if len(name) > MAX_NAME or dtype not in DTYPES:
+        raise BadMessage(f"tensor {name[:MAX_NAME]!r}: name too long or unknown dtype {dtype[:20]!r}")
+    if len(shape) > MAX_DIMENSIONS or not all(type(side) is int and 0 <= side < 1 << 48 for side in shape):
+        raise BadMessage(f"tensor {name!r}: impossible shape")
+    if not 0 <= begin <= end or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise BadMessage(f"tensor {name!r}: shape {shape} does not fill bytes {begin} to {end}")
+    return TensorSpec(name, dtype, tuple(shape), data_begin + begin, data_begin + end)
+
+
+def check_like(arrays: Arrays, like: Arrays) -> None:
+    """Raises BadMessage unless `arrays` has exactly the names, shapes and dtypes of `like`."""
+    if unknown := arrays.keys() - like.keys():
+        raise BadMessage(f"unknown tensor {min(unknown)!r}: the model has {len(like)} tensors and not this one")
+    if missing := like.keys() - arrays.keys():
+        raise BadMessage(f"tensor {min(missing)!r} is missing")
+    for name, array in arrays.items():
+        if array.shape != like[name].shape:
+            raise BadMessage(f"tensor {name!r} has shape {array.shape}, expected {like[name].shape}")
+        if array.dtype != like[name].dtype:
+            raise BadMessage(f"tensor {name!r} has dtype {array.dtype}, expected {like[name].dtype}")

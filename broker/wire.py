@@ -1,0 +1,106 @@
+"""Frames: how a message becomes bytes and comes back, strictly and within bounds.
+
+A frame is `FLF` and the schema version (4 bytes), the header's length (uint32, little endian), the header
+(a msgpack map of the message's fields plus `kind`), and a raw payload that the header describes. Tensors
+are never inside msgpack. What `decode` returns is well-formed; whether it is believed is for others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+from pydantic import ValidationError
+
+from broker.errors import BadMessage
+from broker.head import HeadRecord
+from broker.messages import (
+    MAX_ITEMS,
+    Barrier,
+    Chunk,
+    Heartbeat,
+    Join,
+    Leave,
+    Message,
+    Rejected,
+    TrainFailed,
+    TrainRound,
+    UpdateReady,
+)
+from broker.tensors import Buffer
+
+SCHEMA = 1
+MAGIC = b"FLF"
+MAX_FRAME_BYTES = 15 << 20  # RabbitMQ 4 refuses messages above 16 MiB
+MAX_HEADER_BYTES = 8 << 20
+
+KINDS: dict[str, type[Message]] = {
+    m.kind: m
+    for m in (
+        Join, Heartbeat, Leave, UpdateReady, TrainFailed, TrainRound, Chunk, Barrier, Rejected, HeadRecord,
+    )
+}  # fmt: skip
+
+
+def encode(message: Message, payload: Buffer = b"") -> bytes:
+    """One frame. Raises BadMessage if it would exceed what the broker takes."""
+    fields = message.model_dump(exclude_defaults=True)
+    header: bytes = msgpack.packb({"kind": message.kind, **fields})
+    frame = b"".join((MAGIC, bytes((SCHEMA,)), len(header).to_bytes(4, "little"), header, payload))
+    if len(frame) > MAX_FRAME_BYTES or len(header) > MAX_HEADER_BYTES:
+        raise BadMessage(
+            f"{message.kind} message of {len(frame)} bytes (header {len(header)}) is above the limit of "
+            f"{MAX_FRAME_BYTES} ({MAX_HEADER_BYTES}): send its payload in chunks"
+        )
+    return frame
+
+
+def decode(frame: bytes) -> tuple[Message, memoryview]:
+    """The message and a view of its payload. Raises BadMessage; allocates no more than the frame's size."""
+    header, payload = _split(frame)
+    try:
+        fields = msgpack.unpackb(
+            header,
+            use_list=False,
+            max_str_len=MAX_HEADER_BYTES,
+            max_bin_len=0,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_ITEMS,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise BadMessage(f"header is not valid msgpack: {type(error).__name__} {error}") from None
+    return _build(fields), payload
+
+
+def _split(frame: bytes) -> tuple[memoryview, memoryview]:
+    view = memoryview(frame)
+    if len(view) > MAX_FRAME_BYTES:
+        raise BadMessage(f"frame of {len(view)} bytes is larger than the limit of {MAX_FRAME_BYTES}")
+    if len(view) < 8 or view[:3] != MAGIC:
+        raise BadMessage("not a Fluffle message: it does not begin with 'FLF'")
+    if view[3] != SCHEMA:
+        raise BadMessage(f"schema version {view[3]} is not supported: this side speaks version {SCHEMA}")
+    length = int.from_bytes(view[4:8], "little")
+    if length > min(MAX_HEADER_BYTES, len(view) - 8):
+        raise BadMessage(f"header length {length} exceeds the frame or the limit of {MAX_HEADER_BYTES}")
+    return view[8 : 8 + length], view[8 + length :]
+
+
+def _build(fields: Any) -> Message:
+    if not isinstance(fields, dict) or not isinstance(fields.get("kind"), str):
+        raise BadMessage("header is not a map with a 'kind'")
+    kind = fields.pop("kind")
+    if kind not in KINDS:
+        raise BadMessage(f"unknown kind of message {kind[:40]!r}")
+    try:
+        return KINDS[kind](**fields)
+    except (ValidationError, TypeError) as error:
+        raise BadMessage(f"{kind} message: {_first_fault(error)}") from None
+
+
+def _first_fault(error: ValidationError | TypeError) -> str:
+    if isinstance(error, TypeError):
+        return "field names must be strings"
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"field {'.'.join(str(part)[:40] for part in fault['loc'])!r}: {fault['msg']}"

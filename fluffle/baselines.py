@@ -1,0 +1,99 @@
+"""What federated training is compared with: pooled training, and each participant alone.
+
+Both train with the participants' own `TorchTask`, on the same shares of the data, for as many epochs, and are
+measured on the same held-out examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+from typing import Any
+
+from workers.partition import Shares
+from workers.task import Scalar, TrainConfig, train_seed
+from workers.torch_task import TaskDefinition, TorchTask
+
+CENTRAL = "central"
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineSettings:
+    """A run's length, seed and training settings (`lr`, `batch_size`, ...; empty: the task's defaults)."""
+
+    rounds: int = 20
+    seed: int = 42
+    train: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One round of one participant is done."""
+
+    participant: str
+    round: int
+    rounds: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineResult:
+    """One training: `metrics` of the last model, `history` of every round's, on the central held-out examples."""
+
+    participant: str
+    num_examples: int
+    metrics: dict[str, float]
+    history: tuple[dict[str, float], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalResult:
+    """Each participant alone, and over them the mean, min and max of each metric."""
+
+    participants: tuple[BaselineResult, ...]
+
+    @property
+    def summary(self) -> dict[str, dict[str, float]]:
+        """For each metric its `mean`, `min` and `max` over the participants."""
+        values = {name: [p.metrics[name] for p in self.participants] for name in self.participants[0].metrics}
+        return {name: {"mean": fmean(v), "min": min(v), "max": max(v)} for name, v in values.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"summary": self.summary, "participants": [p.to_dict() for p in self.participants]}
+
+
+Report = Callable[[Progress], None]
+
+
+def train_central(
+    definition: TaskDefinition, shares: Shares, settings: BaselineSettings, report: Report = lambda _: None
+) -> BaselineResult:
+    """One model on everybody's training data together, for rounds * local_epochs epochs."""
+    return _train(definition.bind(shares.train, shares.held_out, CENTRAL), CENTRAL, settings, report)
+
+
+def train_local(
+    definition: TaskDefinition, shares: Shares, settings: BaselineSettings, report: Report = lambda _: None
+) -> LocalResult:
+    """One model per participant on its own training data, each measured on the central held-out examples."""
+    return LocalResult(
+        tuple(
+            _train(definition.bind(shard.train, shares.held_out, shard.name), shard.name, settings, report)
+            for shard in shares.shards
+        )
+    )
+
+
+def _train(task: TorchTask, participant: str, settings: BaselineSettings, report: Report) -> BaselineResult:
+    arrays = task.initial()
+    history: list[dict[str, float]] = []
+    for number in range(1, settings.rounds + 1):
+        seed = train_seed(settings.seed, participant, number)
+        arrays = task.train(arrays, TrainConfig(round=number, seed=seed, settings=settings.train)).arrays
+        history.append(task.evaluate(arrays).metrics)
+        report(Progress(participant, number, settings.rounds, history[-1]))
+    return BaselineResult(participant, task.num_examples, history[-1], tuple(history))

@@ -1,0 +1,306 @@
+"""The whole configuration of one run. Every setting has one dotted name everywhere.
+
+`round.deadline_s` is `deadline_s` in the TOML section `[round]`, the environment variable
+`FLUFFLE_ROUND_DEADLINE_S`, the flag `--set round.deadline_s=30`, and for common settings a short flag.
+Later layers win: defaults, the task's own, TOML file, environment, flags.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+
+from aggregator.settings import (
+    BrokerSettings,
+    EvaluationSettings,
+    RoundSettings,
+    RunSettings,
+    StopSettings,
+    StrategySettings,
+)
+from broker.errors import ConfigError
+from broker.messages import Federation, Part, RunId, Scalar, Word
+from fluffle.flags import FLAGS
+
+PREFIX = "FLUFFLE_"
+RUNS = "runs"
+PARTITION = re.compile(r"iid|natural|dirichlet:(\d+\.?\d*|\.\d+)|shards:[1-9]\d*")
+TARGET_METRIC = re.compile(r"[A-Za-z0-9_]+:[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+class RunSection(Part):
+    """Which run this is and where it is kept."""
+
+    id: Annotated[
+        RunId | Literal[""], Field(description="name of the run: a-z, 0-9 and '-'; empty: task, time and a token")
+    ] = ""
+    dir: Annotated[str, Field(description="where the run is kept; empty: runs/ and its id")] = ""
+    federation: Annotated[Federation, Field(description="name space on the broker")] = "default"
+    seed: Annotated[int, Field(ge=0, description="decides data split, initial model and training")] = 42
+
+
+class DataSection(Part):
+    """How a shipped task's data is divided among participants."""
+
+    partition: Annotated[
+        str,
+        Field(
+            description="`iid`, `dirichlet:ALPHA` (small: skewed labels), `shards:K` (K label-sorted shards each), "
+            "or `natural` (the data's own)"
+        ),
+    ] = "iid"
+
+    @field_validator("partition")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if not PARTITION.fullmatch(value) or (value.startswith("dirichlet:") and not float(value[10:])):
+            raise ValueError("use iid, natural, dirichlet:ALPHA (ALPHA above 0) or shards:K (K a whole number)")
+        return value
+
+
+class BrokerSection(BrokerSettings):
+    """Which broker, and the waits and sizes on the way through it."""
+
+    url: Annotated[str, Field(description="`memory` (embedded) or amqp://user:password@host:port/vhost")] = "memory"
+
+    @field_validator("url")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value != "memory" and not re.fullmatch(r"amqps?://[^\s/]+.*", value):
+            raise ValueError("use memory, or a URL as amqp://user:password@host:5672/vhost")
+        return value
+
+
+class TrainSection(Part):
+    """How participants train. A task may know further keys; what is not set here is the task's own choice."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Scalar]
+
+    lr: Annotated[float | None, Field(gt=0, description="step size at the participants")] = None
+    batch_size: Annotated[int | None, Field(ge=0, description="examples per step; 0: all of them")] = None
+    local_epochs: Annotated[int | None, Field(ge=1, description="passes over the local data per round")] = None
+    max_steps: Annotated[int | None, Field(ge=0, description="fewer steps than that per round; 0: no limit")] = None
+    momentum: Annotated[float | None, Field(ge=0, lt=1, description="momentum of the local optimiser")] = None
+    l2: Annotated[float | None, Field(ge=0, description="weight of the L2 penalty")] = None
+
+    def chosen(self) -> dict[str, Scalar]:
+        """The keys that are set."""
+        return self.model_dump(exclude_none=True)
+
+
+class Config(Part):
+    """One run: what to learn, on which data, with whom, how, and until when."""
+
+    task: Annotated[Word, Field(min_length=1, description="a shipped task or package.module:Object")]
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    broker: BrokerSection = BrokerSection()
+    round: RoundSettings = RoundSettings()
+    stop: StopSettings = StopSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    strategy: StrategySettings = StrategySettings()
+    train: TrainSection = TrainSection()
+
+    @field_validator("stop")
+    @classmethod
+    def _readable_target(cls, stop: StopSettings) -> StopSettings:
+        if stop.target_metric and not TARGET_METRIC.fullmatch(stop.target_metric):
+            raise ValueError(
+                f"stop.target_metric = {stop.target_metric!r}: write METRIC:VALUE, as accuracy:0.9 or rmse:55"
+            )
+        return stop
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir)
+
+    def run_settings(self) -> RunSettings:
+        """What the aggregator needs to know of this."""
+        return RunSettings(
+            run_id=self.run.id,
+            federation=self.run.federation,
+            seed=self.run.seed,
+            train=self.train.chosen(),
+            round=self.round,
+            stop=self.stop,
+            evaluation=self.evaluation,
+            strategy=self.strategy,
+            broker=BrokerSettings(**self.broker.model_dump(exclude={"url"})),
+        )
+
+
+SECTIONS = frozenset(Config.model_fields) - {"task"}
+
+
+class Given(NamedTuple):
+    """A value, and where somebody wrote it."""
+
+    value: Any
+    origin: str
+
+
+Layer = dict[str, Given]
+Defaults = Callable[[str], Mapping[str, Scalar]]
+BASE: Layer = {"round.participants": Given(10, "the default of a simulation")}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What there is to know about one setting."""
+
+    name: str
+    type: str
+    default: Scalar | None
+    description: str
+    env: str
+    flag: str
+
+    @property
+    def is_text(self) -> bool:
+        return self.type not in ("int", "float", "bool")
+
+
+@cache
+def settings() -> tuple[Setting, ...]:
+    """Every setting, in the order of the sections. Tasks may know further `train.*` keys."""
+    return tuple(_setting(name, info) for name, info in _fields(Config))
+
+
+def load_config(*layers: Layer, defaults: Defaults = lambda _: {}) -> Config:
+    """One checked configuration from layers of which later ones win, with run id and directory filled in.
+
+    `defaults` gives a task's own settings by dotted name; their `train.*` keys become known ones.
+    Raises ConfigError.
+    """
+    asked = _merged(BASE, *layers)
+    task = asked["task"].value if "task" in asked else ""
+    if not isinstance(task, str) or not task:
+        raise ConfigError("no task is named: give TASK, or `task` in the configuration (see `fluffle tasks`)")
+    own = from_values(defaults(task), f"the task {task}")
+    given = _merged(BASE, own, *layers)
+    _check_names(given, known=[*_by_name(), *(name for name in own if name.startswith("train."))])
+    return _placed(_validated(given))
+
+
+def from_values(values: Mapping[str, Scalar], origin: str = "this call") -> Layer:
+    """A layer of settings by dotted name."""
+    return {name: Given(value, origin) for name, value in values.items()}
+
+
+def setting_named(name: str) -> Setting | None:
+    return _by_name().get(name)
+
+
+def near(word: str, known: Sequence[str]) -> str:
+    """The end of an error message: which known name was probably meant."""
+    by_key = {name.rpartition(".")[2]: name for name in reversed(known)}
+    found = difflib.get_close_matches(word, known, 1, 0.7)
+    found += [by_key[key] for key in difflib.get_close_matches(word.rpartition(".")[2], by_key, 1)]
+    return f": did you mean {found[0]}?" if found else ": `fluffle settings` lists what there is"
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown and kept."""
+    return re.sub(r"(//[^:@/]*):[^@/]*@", r"\1@", url)
+
+
+def _merged(*layers: Layer) -> Layer:
+    return {name: given for layer in layers for name, given in layer.items()}
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _fields(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info
+
+
+def _setting(name: str, info: FieldInfo) -> Setting:
+    return Setting(
+        name=name,
+        type=_type_name(info.annotation),
+        default=None if info.is_required() else BASE.get(name, Given(info.default, "")).value,
+        description=info.description or "",
+        env=PREFIX + name.upper().replace(".", "_"),
+        flag=next((flag.option for flag in FLAGS if flag.setting == name), ""),
+    )
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    if get_origin(annotation) is Annotated:
+        return _type_name(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return _type_name(get_args(annotation)[0])
+    return str(getattr(annotation, "__name__", annotation))
+
+
+@cache
+def _by_name() -> dict[str, Setting]:
+    return {setting.name: setting for setting in settings()}
+
+
+def _check_names(given: Layer, known: Sequence[str]) -> None:
+    for name, (_, origin) in given.items():
+        if name in SECTIONS:
+            example = next(setting for setting in known if setting.startswith(f"{name}."))
+            raise ConfigError(f"{origin}: {name} is a section: set one of its keys, as {example}")
+        if name not in known:
+            raise ConfigError(f"{origin}: unknown setting {name!r}{near(name, [*known, *SECTIONS])}")
+
+
+def _validated(given: Layer) -> Config:
+    nested: dict[str, Any] = {}
+    for name, (value, _) in given.items():
+        section, dot, key = name.partition(".")
+        if dot:
+            nested.setdefault(section, {})[key] = value
+        else:
+            nested[section] = value
+    try:
+        return Config(**nested)
+    except ValidationError as error:
+        raise ConfigError(_fault(error, given)) from None
+
+
+def _fault(error: ValidationError, given: Layer) -> str:
+    fault = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in fault["loc"][:2])
+    message = fault["msg"].removeprefix("Value error, ")
+    if name.startswith("train.") and not setting_named(name):
+        message = "use a number, true, false or a text"
+    if name not in given:  # a section as a whole: its message names the settings
+        return message
+    value, origin = given[name]
+    setting = setting_named(name)
+    shown = repr(without_password(value) if name == "broker.url" else value)
+    meaning = f" ({setting.description})" if setting and fault["type"] != "value_error" else ""
+    return f"{name} = {shown} ({origin}): {message[:1].lower()}{message[1:]}{meaning}"
+
+
+def _placed(config: Config) -> Config:
+    run_id = config.run.id or new_run_id(config.task, datetime.now(), secrets.token_hex(2))
+    directory = config.run.dir or os.path.join(RUNS, run_id)
+    return config.model_copy(update={"run": config.run.model_copy(update={"id": run_id, "dir": directory})})
+
+
+def new_run_id(task: str, now: datetime, token: str) -> str:
+    """A name that sorts by task and time and is valid on the broker."""
+    suffix = f"-{now:%Y%m%d-%H%M%S}-{token}"
+    word = re.sub(r"[^a-z0-9]+", "-", task.lower()).strip("-") or "run"
+    return word[: 60 - len(suffix)].rstrip("-") + suffix

@@ -1,0 +1,143 @@
+"""What a person sees while a run goes on: a live table on a terminal, one log line per event elsewhere."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import TracebackType
+from typing import Protocol, Self
+
+import structlog
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from aggregator.history import RoundReport
+from fluffle.results import headline
+from fluffle.text import size_text
+
+WAITING = "waiting for participants"
+LINES_BELOW = 8  # what must stay free of the terminal's height for the rest of the picture
+COUNTS = ("accepted", "late", "rejected", "duplicate")
+LOGGED = ("run_id", "round", "attempt", "version", "cohort", *COUNTS, "duration_s", "bytes_up", "bytes_down")
+
+log = structlog.get_logger(__name__)
+
+
+class Display(Protocol):
+    """What a run tells about itself. A context manager; calls return at once."""
+
+    def on_report(self, report: RoundReport) -> None:
+        """A round was closed, or a federated evaluation."""
+
+    def on_notice(self, event: str, **fields: object) -> None:
+        """Anything else worth knowing, as a past-tense word and fields."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def make_display(title: str, rounds: int, *, log_lines: bool = False) -> Display:
+    """The live table if stderr is a terminal, unless `log_lines` asks for lines."""
+    console = Console(stderr=True)
+    return LogDisplay() if log_lines or not console.is_terminal else LiveDisplay(title, rounds, console)
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[], object]]:
+    """A bar on a terminal; yields what to call after each of `total` steps."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True)
+    )
+    bar.disable = not bar.console.is_terminal
+    with bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)
+
+
+class LogDisplay:
+    """Every event as one line of the log."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def on_report(self, report: RoundReport) -> None:
+        values = asdict(report)
+        event = "round_closed" if report.work == "train" else "version_evaluated"
+        log.info(event, **{name: values[name] for name in LOGGED}, **report.metrics)
+
+    def on_notice(self, event: str, **fields: object) -> None:
+        log.info(event, **fields)
+
+
+class LiveDisplay:
+    """A table of the newest rounds, what happened beside them, and a progress bar."""
+
+    def __init__(self, title: str, rounds: int, console: Console) -> None:
+        self.title = title
+        self._console = console
+        self._reports: dict[int, RoundReport] = {}
+        self._metrics: dict[int, Mapping[str, float]] = {}
+        self._notices: deque[str] = deque(maxlen=3)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        )
+        self._bar: TaskID = self._progress.add_task(WAITING, total=rounds)
+        self._live = Live(get_renderable=self._picture, console=console, refresh_per_second=8)
+
+    def __enter__(self) -> Self:
+        self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def on_report(self, report: RoundReport) -> None:
+        self._metrics[report.round] = {**self._metrics.get(report.round, {}), **report.metrics}
+        if report.work == "train":
+            self._reports[report.round] = report
+        self._progress.update(self._bar, completed=report.round, description="training")
+
+    def on_notice(self, event: str, **fields: object) -> None:
+        words = " ".join(f"{name}={value}" for name, value in fields.items())
+        self._notices.append(f"{event.replace('_', ' ')}  {words}")
+
+    def _picture(self) -> Group:
+        notices = Text("\n".join(self._notices), style="dim")
+        return Group(*([self._table()] if self._reports else []), notices, self._progress)
+
+    def _table(self) -> Table:
+        shown = list(self._reports.values())[-max(3, self._console.height - LINES_BELOW) :]
+        names = self._metric_names()
+        table = Table(title=self.title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+        for column in ("round", "attempt", *COUNTS, *names, "seconds", "up", "down"):
+            table.add_column(column, justify="right", style="green" if column in names[:1] else None)
+        for report in shown:
+            table.add_row(*self._cells(report, names))
+        return table
+
+    def _metric_names(self) -> list[str]:
+        known = {name: 0.0 for metrics in self._metrics.values() for name in metrics}
+        first = headline(known)
+        return sorted(known, key=lambda name: name != first)
+
+    def _cells(self, report: RoundReport, names: list[str]) -> list[str]:
+        metrics = self._metrics[report.round]
+        return [
+            str(report.round),
+            str(report.attempt),
+            *(str(getattr(report, name)) for name in COUNTS),
+            *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names),
+            f"{report.duration_s:.2f}",
+            size_text(report.bytes_up),
+            size_text(report.bytes_down),
+        ]

@@ -1,0 +1,46 @@
+"""What is written for people once a run has ended: its model, its result, its curve."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from aggregator.checkpoints import Checkpoints
+from aggregator.history import History
+from broker.errors import StateError
+from broker.head import HeadRecord
+from fluffle.config import Config
+from fluffle.results import Result, build_result, to_json
+from fluffle.rundir import RunDir
+
+
+def finish(run: RunDir, config: Config, record: HeadRecord, wall_s: float) -> Result:
+    """Writes `model.safetensors`, `result.json`, `curve.png`, and `best.safetensors` where another version is best.
+
+    Raises StateError if the disk refuses.
+    """
+    with History(run.history_file) as history:
+        result = build_result(config, record, history, wall_s)
+        reports = history.rounds(record.run_id)
+    try:
+        _copy_models(run, record)
+        run.result_file.write_text(to_json(result), "utf-8")
+    except OSError as error:
+        raise StateError(f"{run.path}: the result cannot be written: {error.strerror or error}") from None
+    from fluffle.curve import draw_curve, save_curve  # matplotlib takes its time
+
+    save_curve(draw_curve(reports, f"{config.task}, {config.strategy.name}"), run.curve_file)
+    return result
+
+
+def _copy_models(run: RunDir, record: HeadRecord) -> None:
+    checkpoints = Checkpoints(run.checkpoints)
+    if record.model:
+        _copy(checkpoints.path(record.model.sha256), run.model_file)
+    if record.model and record.best and record.best.sha256 != record.model.sha256:
+        _copy(checkpoints.path(record.best.sha256), run.best_file)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.exists():
+        shutil.copyfile(source, target)

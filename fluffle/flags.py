@@ -1,0 +1,32 @@
+"""The command line's short names for common settings. Kept apart so that `--help` imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """`option` is short for `--set setting=VALUE`."""
+
+    option: str
+    setting: str
+    metavar: str
+    help: str
+
+
+FEDERATION_FLAGS = (
+    Flag("--broker", "broker.url", "URL", "`memory` (embedded) or amqp://user:password@host/vhost."),
+    Flag("--strategy", "strategy.name", "NAME", "How updates are combined: fedavg or fedsgd."),
+    Flag("--quorum", "round.quorum", "Q", "Fewest updates that close a round at its deadline."),
+    Flag("--target", "round.target", "T", "A round closes at this many updates."),
+    Flag("--deadline-s", "round.deadline_s", "S", "Seconds until a round closes with the quorum."),
+    Flag("--run-dir", "run.dir", "DIR", "Where everything of this run is kept.  [default: runs/RUN_ID]"),
+)
+COMMON_FLAGS = (
+    Flag("--rounds", "stop.rounds", "R", "Stop after this many rounds."),
+    Flag("--participants", "round.participants", "N", "How many participants share the data."),
+    Flag("--partition", "data.partition", "HOW", "iid, dirichlet:ALPHA, shards:K or natural."),
+    Flag("--seed", "run.seed", "N", "Makes data split, initial model and training repeatable."),
+)
+FLAGS = (*FEDERATION_FLAGS, *COMMON_FLAGS)

@@ -1,0 +1,138 @@
+"""Where the commands meet learning tasks and their data. It brings torch: import it late."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from broker import tensors
+from broker.errors import BadMessage, DataError, StateError
+from fluffle.config import Config
+from workers.data import Dataset, split
+from workers.partition import Plan, Shares, share_out
+from workers.preprocess import prepare
+from workers.task import Arrays, Evaluation, Scalar
+from workers.tasks import find_task
+from workers.torch_task import CHUNK_ROWS, TaskDefinition
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """For one row of the input: a class and its probability, or a measured value (probability None)."""
+
+    row: int
+    value: float
+    probability: float | None
+
+
+def task_defaults(name: str) -> dict[str, Scalar]:
+    """A task's own settings by dotted name. Raises FluffleError if there is no such task."""
+    return {f"train.{key}": value for key, value in find_task(name).defaults.items()}
+
+
+def shares_of(config: Config, definition: TaskDefinition) -> Shares:
+    """The task's data, shared out as the configuration says."""
+    plan = Plan(
+        participants=config.round.participants,
+        partition=config.data.partition,
+        seed=config.run.seed,
+        held_out=definition.held_out,
+        split_seed=definition.seed,
+    )
+    return share_out(definition.load(), plan)
+
+
+def held_out(definition: TaskDefinition) -> Dataset:
+    """The examples that nobody trains on; they do not depend on how the others were shared out."""
+    return split(definition.load(), definition.held_out, definition.seed)[1]
+
+
+def load_model(path: Path) -> Arrays:
+    """The arrays in a safetensors file. Raises StateError."""
+    try:
+        return tensors.decode(path.read_bytes())
+    except (OSError, BadMessage) as error:
+        raise StateError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def evaluate(definition: TaskDefinition, arrays: Arrays) -> Evaluation:
+    """Measures a model on the held-out examples."""
+    return definition.bind(held_out=held_out(definition)).evaluate(arrays)
+
+
+def predict(definition: TaskDefinition, arrays: Arrays, inputs: Dataset) -> list[Prediction]:
+    """What the model says of each input, in order; rows that preprocessing drops are left out.
+
+    Raises StateError if the model is not of this task.
+    """
+    module = definition.model()
+    try:
+        tensors.check_like(arrays, {name: value.numpy() for name, value in module.state_dict().items()})
+    except BadMessage as error:
+        raise StateError(f"the model is not one of task {definition.name!r}: {error}") from None
+    module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
+    numbered = replace(inputs, y=np.arange(len(inputs)))
+    prepared, _ = prepare(numbered, definition.preprocess)
+    module.eval()
+    with torch.inference_mode():
+        parts = [module(x) for x in torch.from_numpy(prepared.x).split(CHUNK_ROWS)] if len(prepared) else []
+    return list(_predictions(definition, prepared.y, parts))
+
+
+def read_inputs(path: Path, like: Dataset) -> Dataset:
+    """Inputs from `.npz` (an array named `x`) or `.csv`, shaped like the task's data. Raises DataError.
+
+    A CSV file has the data's column names in its first line, in any order, or without names as many values a
+    row as an example has; an empty cell is a missing value.
+    """
+    try:
+        x = _read_npz(path) if path.suffix == ".npz" else _read_csv(path, like.columns)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: cannot be read as inputs: {error}") from None
+    shape = like.x.shape[1:]
+    if x.size != len(x) * int(np.prod(shape)):
+        raise DataError(f"{path}: rows of shape {x.shape[1:]}, but data set {like.name!r} has {shape}")
+    return replace(like, x=x.reshape(len(x), *shape), y=np.zeros(len(x), dtype=np.int64), group=None)
+
+
+def _predictions(definition: TaskDefinition, rows: NDArray[Any], parts: Sequence[Tensor]) -> Iterator[Prediction]:
+    outputs = torch.cat(list(parts)).double() if parts else torch.empty(0, 1)
+    if definition.metric == "accuracy":
+        best = outputs.softmax(dim=1).max(dim=1)
+        for row, value, probability in zip(rows, best.indices, best.values, strict=True):
+            yield Prediction(int(row), int(value), float(probability))
+    else:
+        for row, value in zip(rows, outputs.reshape(len(rows)), strict=True):
+            yield Prediction(int(row), float(value), None)
+
+
+def _read_npz(path: Path) -> NDArray[Any]:
+    with np.load(path, allow_pickle=False) as file:
+        if "x" not in file:
+            raise DataError(f"{path}: has no array named x, only {', '.join(file.files) or 'nothing'}")
+        x: NDArray[Any] = file["x"]
+    return x
+
+
+def _read_csv(path: Path, columns: tuple[str, ...]) -> NDArray[np.float64]:
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = [line for line in csv.reader(file) if line]
+    if not columns:
+        return np.array([[_number(cell) for cell in line] for line in lines])
+    names = lines[0] if lines else []
+    if missing := [name for name in columns if name not in names]:
+        raise DataError(f"{path}: column {missing[0]!r} is missing: the first line must name {', '.join(columns)}")
+    places = [names.index(name) for name in columns]
+    return np.array([[_number(line[place]) for place in places] for line in lines[1:]])
+
+
+def _number(cell: str) -> float:
+    return float(cell) if cell.strip() else float("nan")

@@ -1,0 +1,111 @@
+"""Where a run is kept, and how a run or a model is found by what somebody typed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker.errors import StateError
+from fluffle.config import RUNS, Config, load_config
+from fluffle.layers import from_toml, to_toml
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """The directory of one run, and the names of what lies in it."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "run.toml"
+
+    @property
+    def history_file(self) -> Path:
+        return self.path / "history.sqlite"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model_file(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def best_file(self) -> Path:
+        return self.path / "best.safetensors"
+
+    @property
+    def curve_file(self) -> Path:
+        return self.path / "curve.png"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    def artefacts(self) -> dict[str, Path]:
+        """What is worth showing to people, by name."""
+        return {
+            "model": self.model_file,
+            "best": self.best_file,
+            "curve": self.curve_file,
+            "result": self.result_file,
+            "history": self.history_file,
+            "settings": self.config_file,
+        }
+
+    def config(self) -> Config:
+        """The configuration that the run had. Raises StateError if this is no run."""
+        if not self.config_file.is_file():
+            raise StateError(f"{self.path}: not a run directory, there is no run.toml in it")
+        layer = from_toml(self.config_file)
+        own = {name: given.value for name, given in layer.items() if name.startswith("train.")}
+        return load_config(layer, defaults=lambda _: own)
+
+    def begin(self, config: Config, *, resume: bool) -> None:
+        """Makes the directory and keeps the configuration in it. Raises StateError.
+
+        A directory with a run in it is only used again to resume; to resume there must be one.
+        """
+        if resume and not self.config_file.is_file():
+            raise StateError(f"{self.path}: no run to resume: check --run-dir, or leave --resume out")
+        if not resume and (self.config_file.exists() or self.history_file.exists()):
+            raise StateError(f"{self.path}: already holds a run: add --resume, or choose another --run-dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.config_file.write_text(to_toml(config), "utf-8")
+        except OSError as error:
+            raise StateError(
+                f"{self.path}: cannot be used as the run directory ({error.strerror or error}): "
+                "choose another --run-dir"
+            ) from None
+
+
+def all_runs(root: Path) -> Iterator[RunDir]:
+    """Every run below a directory, in the order of their names."""
+    return (RunDir(path.parent) for path in sorted(root.glob("*/run.toml")))
+
+
+def find_run(name: str, root: Path = Path(RUNS)) -> RunDir:
+    """A run by its directory, or by its name below `root`. Raises StateError that names the near one."""
+    for path in (Path(name), root / name):
+        if RunDir(path).config_file.is_file():
+            return RunDir(path)
+    names = [run.path.name for run in all_runs(root)]
+    close = difflib.get_close_matches(name, names, 1, 0.3)
+    hint = f"did you mean {close[0]}?" if close else f"{root}/ holds {len(names)} runs (`fluffle runs list`)"
+    raise StateError(f"{name}: no such run: {hint}")
+
+
+def find_model(name: str, root: Path = Path(RUNS)) -> tuple[Path, RunDir | None]:
+    """A model's file, and the run that it belongs to if `name` names a run. Raises StateError."""
+    path = Path(name)
+    if path.is_file():
+        return path, None
+    run = find_run(name, root)
+    if not run.model_file.is_file():
+        raise StateError(f"{run.path}: the run has no model.safetensors yet: let it finish, or name a checkpoint")
+    return run.model_file, run

@@ -1,0 +1,102 @@
+"""A whole federation in one process, for tests: real aggregator, real workers, a learning task without torch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from aggregator.daemon import Aggregator, Surroundings
+from aggregator.settings import BrokerSettings, EvaluationSettings, RoundSettings, RunSettings, StopSettings
+from aggregator.takeover import Job
+from broker.head import HeadRecord
+from broker.tensors import Arrays
+from broker.topology import Topology
+from broker.transport import Broker
+from workers.journal import MemoryJournal
+from workers.task import Evaluation, TrainConfig, TrainResult
+from workers.worker import Site, Worker, WorkerSettings
+
+
+class Pull:
+    """Each participant pulls the model halfway towards a point of its own, with noise from the given seed."""
+
+    def __init__(self, name: str, size: int = 7, examples: int = 10) -> None:
+        self.name = "pull"
+        self.num_examples = examples
+        rng = np.random.default_rng(abs(hash(name)) % 1000 if not name[-2:].isdigit() else int(name[-2:]))
+        self.point = rng.normal(size=size).astype(np.float32)
+        self.trained: list[int] = []
+
+    def initial(self) -> Arrays:
+        return {"w": np.zeros(self.point.shape, np.float32), "steps": np.zeros((), np.int64)}
+
+    def train(self, arrays: Arrays, config: TrainConfig) -> TrainResult:
+        self.trained.append(config.round)
+        noise = np.random.default_rng(config.seed).normal(scale=0.01, size=self.point.shape).astype(np.float32)
+        w = arrays["w"] + (self.point - arrays["w"]) / 2 + noise
+        loss = float(np.square(w - self.point).mean())
+        return TrainResult({"w": w, "steps": arrays["steps"] + 1}, self.num_examples, {"loss": loss})
+
+    def evaluate(self, arrays: Arrays) -> Evaluation:
+        return Evaluation({"loss": float(np.square(arrays["w"] - self.point).mean())}, self.num_examples)
+
+
+def names(count: int) -> list[str]:
+    return [f"p{i:02d}" for i in range(1, count + 1)]
+
+
+def settings(participants: int, rounds: int = 3, *, run_id: str = "run-1", **sections: dict[str, object]) -> RunSettings:
+    """Short waits; `round={...}`, `evaluation={...}`, ... override single settings."""
+    return RunSettings(
+        run_id=run_id,
+        round=RoundSettings(participants=participants, **{"deadline_s": 30.0, **sections.get("round", {})}),
+        stop=StopSettings(rounds=rounds, **sections.get("stop", {})),
+        evaluation=EvaluationSettings(**{"mode": "none", **sections.get("evaluation", {})}),
+        broker=BrokerSettings(**{"patience_s": 5.0, **sections.get("broker", {})}),
+    )
+
+
+@dataclass
+class Federation:
+    """Broker, run directory and participants; aggregators and workers are started from it."""
+
+    broker: Broker
+    directory: Path
+    participants: list[str]
+    size: int = 7
+    heartbeat_s: float = 0.5
+    tasks: dict[str, Pull] = field(default_factory=dict)
+    journals: dict[str, MemoryJournal] = field(default_factory=dict)
+
+    def job(self, run: RunSettings, **options: object) -> Job:
+        return Job(run, initial=Pull("p00", self.size).initial, **options)  # type: ignore[arg-type]
+
+    def aggregator(self, run: RunSettings, around: Surroundings | None = None, **options: object) -> Aggregator:
+        return Aggregator(self.job(run, **options), self.broker, self.directory, around)
+
+    def worker(self, name: str, lag_s: Callable[[float], float] = lambda _: 0.0, broker: Broker | None = None) -> Worker:
+        task = self.tasks.setdefault(name, Pull(name, self.size))
+        journal = self.journals.setdefault(name, MemoryJournal())
+        settings = WorkerSettings(heartbeat_s=self.heartbeat_s, patience_s=5.0, retry_s=0.2, lag_s=lag_s)
+        return Worker(Site(name, task, journal), broker or self.broker, Topology("default"), settings)
+
+    @asynccontextmanager
+    async def workers(self) -> AsyncIterator[list[Worker]]:
+        """All participants' workers, running until the block ends."""
+        workers = [self.worker(name) for name in self.participants]
+        async with asyncio.TaskGroup() as group:
+            for worker in workers:
+                group.create_task(worker.run())
+            yield workers
+            for worker in workers:
+                worker.stop()
+
+    async def run(self, run: RunSettings, **options: object) -> HeadRecord:
+        """One undisturbed run."""
+        async with self.workers():
+            return await self.aggregator(run, **options).run()

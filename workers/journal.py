@@ -1,0 +1,161 @@
+"""What a worker must not forget: the newest order, and a finished update until its fate is known.
+
+The run never depends on it: a worker that lost its journal is sent its task again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from broker.errors import BadMessage, StateError
+from broker.messages import Message, TrainRound, UpdateReady
+from broker.tensors import Buffer
+from broker.wire import decode, encode
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Held:
+    """A finished update. `sent` is true once the broker confirmed it."""
+
+    update: UpdateReady
+    blob: Buffer
+    sent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """The newest order as the frame that it arrived in, and the held update; either may be missing."""
+
+    order: bytes | None = None
+    held: Held | None = None
+
+
+class Journal(Protocol):
+    """Every method returns once what it says is safe."""
+
+    async def load(self) -> Remembered:
+        """What was remembered; damaged parts are set aside and forgotten, with a log line."""
+
+    async def save_order(self, frame: bytes) -> None: ...
+
+    async def save_held(self, held: Held) -> None: ...
+
+    async def drop_held(self) -> None: ...
+
+
+class MemoryJournal:
+    """Lives as long as this object: for simulations, where participants share one process."""
+
+    def __init__(self) -> None:
+        self._remembered = Remembered()
+
+    async def load(self) -> Remembered:
+        return self._remembered
+
+    async def save_order(self, frame: bytes) -> None:
+        self._remembered = Remembered(frame, self._remembered.held)
+
+    async def save_held(self, held: Held) -> None:
+        self._remembered = Remembered(self._remembered.order, held)
+
+    async def drop_held(self) -> None:
+        self._remembered = Remembered(self._remembered.order)
+
+
+class FileJournal:
+    """Files in a directory of this participant alone, each replaced as a whole and synced."""
+
+    def __init__(self, directory: Path) -> None:
+        self._order = directory / "order.frame"
+        self._update = directory / "update.frame"
+        self._body = directory / "update.safetensors"
+
+    async def load(self) -> Remembered:
+        return await asyncio.to_thread(self._load)
+
+    async def save_order(self, frame: bytes) -> None:
+        await asyncio.to_thread(_replace, self._order, frame)
+
+    async def save_held(self, held: Held) -> None:
+        await asyncio.to_thread(self._save_held, held)
+
+    async def drop_held(self) -> None:
+        await asyncio.to_thread(self._update.unlink, missing_ok=True)
+
+    def _save_held(self, held: Held) -> None:
+        self._update.unlink(missing_ok=True)  # never a header that names another update's body
+        _replace(self._body, held.blob)
+        _replace(self._update, encode(held.update))
+
+    def _load(self) -> Remembered:
+        order = _frame(self._order, TrainRound)
+        update = _frame(self._update, UpdateReady)
+        if update is None:
+            return Remembered(order and order[1])
+        message, blob = update[0], _read(self._body) or b""
+        body = message.body if isinstance(message, UpdateReady) else None
+        if isinstance(message, UpdateReady) and (body is None or hashlib.sha256(blob).hexdigest() == body.sha256):
+            return Remembered(order and order[1], Held(message, blob, sent=True))
+        _set_aside(self._update, "its body does not match its sha256")
+        return Remembered(order and order[1])
+
+
+def _frame(path: Path, kind: type[Message]) -> tuple[Message, bytes] | None:
+    frame = _read(path)
+    if frame is None:
+        return None
+    try:
+        message, _ = decode(frame)
+    except BadMessage as bad:
+        _set_aside(path, bad.reason)
+        return None
+    if not isinstance(message, kind):
+        _set_aside(path, f"it holds a {message.kind} message")
+        return None
+    return message, frame
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StateError(
+            f"{path}: the journal cannot be read ({error}): check the disk and its permissions"
+        ) from error
+
+
+def _set_aside(path: Path, why: str) -> None:
+    path.replace(path.with_suffix(".damaged"))
+    log.error("journal_damaged", file=str(path), reason=why, moved_to=str(path.with_suffix(".damaged")))
+
+
+def _replace(path: Path, content: Buffer) -> None:
+    """Writes beside, syncs, renames, syncs the directory: after a power loss it is the old or the new."""
+    beside = path.with_suffix(".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise StateError(
+            f"{path}: the journal cannot be written ({error}): free space or check permissions"
+        ) from error

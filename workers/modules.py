@@ -1,0 +1,65 @@
+"""An `nn.Module` seen as named numpy arrays, and built the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from broker.errors import TaskError
+from workers.task import Arrays
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's CPU generator under this seed inside, as it was before outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def build(model: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A new module whose random initial values depend on the seed alone."""
+    with seeded(seed):
+        return model()
+
+
+def views(module: nn.Module) -> Arrays:
+    """Parameters and buffers under their `state_dict` names, not copied: writing to them changes the module.
+
+    Raises TaskError if one has no numpy counterpart (such as bfloat16, sparse or not on the CPU).
+    """
+    try:
+        return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise TaskError(
+            f"the model holds something that cannot travel as a numpy array ({error}): use dense CPU tensors of "
+            "float32 or int64"
+        ) from error
+
+
+def arrays_of(module: nn.Module) -> Arrays:
+    """Parameters and buffers as copies."""
+    return {name: view.copy() for name, view in views(module).items()}
+
+
+def load_arrays(module: nn.Module, arrays: Arrays) -> None:
+    """Copies the arrays into the module. Raises TaskError unless names, shapes and dtypes are the module's."""
+    targets = views(module)
+    if targets.keys() != arrays.keys():
+        missing, unknown = sorted(targets.keys() - arrays.keys()), sorted(arrays.keys() - targets.keys())
+        raise TaskError(
+            f"the arrays are not this model's (missing {missing[:5]}, unknown {unknown[:5]}): do both sides run "
+            "the same task?"
+        )
+    for name, target in targets.items():
+        array = arrays[name]
+        if array.shape != target.shape or array.dtype != target.dtype:
+            raise TaskError(
+                f"array {name!r} is {array.dtype} {array.shape}, this model's is {target.dtype} {target.shape}: do "
+                "both sides run the same version of the task?"
+            )
+        np.copyto(target, array)

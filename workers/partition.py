@@ -1,0 +1,199 @@
+"""Sharing one data set out among participants, as experiments need it. Pure: the same seed, the same shards.
+
+`iid` mixes well; `dirichlet:ALPHA` skews the labels (Hsu, Qi and Brown 2019; small ALPHA, strong skew);
+`shards:K` sorts by label and deals K pieces to each (McMahan et al. 2017); `natural` keeps each group whole.
+
+Held-out examples are chosen first, by a seed of their own, then all examples are dealt out: a participant
+evaluates on the held-out examples among its own, and the union of those is the test set for central
+evaluation. So nobody trains on a test example, and federated, central and local training see the same data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from broker.errors import ConfigError, DataError
+from broker.topology import PARTICIPANT
+from workers.data import Dataset, Indices, held_out_mask
+
+FORMS = "iid, dirichlet:ALPHA (ALPHA > 0, such as dirichlet:0.5), shards:K (K >= 1, such as shards:2), natural"
+LEAST_EXAMPLES = 10
+DIRICHLET_TRIES = 1000
+DEAL = 1  # keeps dealing apart from holding out: under one seed both would draw the same permutation
+FLOAT = r"\d+(?:\.\d+)?(?:e-?\d+)?"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a data set is shared out. `seed` deals the examples; `held_out` and `split_seed` choose the test set."""
+
+    participants: int = 10
+    partition: str = "iid"
+    seed: int = 42
+    held_out: float = 0.2
+    split_seed: int = 42
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one participant has: examples to train on, and examples to evaluate on."""
+
+    name: str
+    train: Dataset
+    held_out: Dataset
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """A data set shared out. `train` and `held_out` are the unions of the shards' (in the data's own order)."""
+
+    train: Dataset
+    held_out: Dataset
+    shards: tuple[Shard, ...]
+
+
+def share_out(dataset: Dataset, plan: Plan) -> Shares:
+    """Everybody's training and held-out examples. Raises ConfigError or DataError with the remedy."""
+    mask = held_out_mask(dataset, plan.held_out, plan.split_seed)
+    owners = _assign(dataset, plan.partition, plan.participants, plan.seed)
+    shards = tuple(
+        Shard(name, dataset.take(rows[~mask[rows]]), dataset.take(rows[mask[rows]]))
+        for name, rows in zip(shard_names(dataset, plan.partition, plan.participants), owners, strict=True)
+    )
+    for shard in shards:
+        if not len(shard.train) or (plan.held_out > 0 and not len(shard.held_out)):
+            raise DataError(
+                f"data set {dataset.name!r}: {plan.partition} leaves {shard.name} {len(shard.train)} training and "
+                f"{len(shard.held_out)} held-out examples: use fewer participants, less skew or another seed"
+            )
+    return Shares(dataset.take(~mask), dataset.take(mask), shards)
+
+
+def partition(dataset: Dataset, spec: str, participants: int, seed: int) -> list[Dataset]:
+    """Every example in exactly one of `participants` shards, each in the data's own order.
+
+    Raises ConfigError for a form that is unknown or impossible here, DataError if a shard would be too small.
+    """
+    return [dataset.take(rows) for rows in _assign(dataset, spec, participants, seed)]
+
+
+def participant_names(participants: int) -> list[str]:
+    """`p01`, `p02`, ... wide enough to sort."""
+    width = max(2, len(str(participants)))
+    return [f"p{number:0{width}d}" for number in range(1, participants + 1)]
+
+
+def shard_names(dataset: Dataset, spec: str, participants: int) -> list[str]:
+    """Who the shards belong to: the groups' names for `natural`, numbers otherwise."""
+    return _group_names(dataset) if spec == "natural" else participant_names(participants)
+
+
+def _assign(dataset: Dataset, spec: str, participants: int, seed: int) -> list[Indices]:
+    if participants < 1:
+        raise ConfigError(f"participants = {participants}: at least one is needed")
+    deal = _parse(spec)
+    if len(dataset) < participants:
+        raise DataError(
+            f"data set {dataset.name!r} has {len(dataset)} examples for {participants} participants: use fewer"
+        )
+    rng = np.random.default_rng([DEAL, seed])
+    return [np.sort(rows) for rows in deal(dataset, participants, rng)]
+
+
+Deal = Callable[[Dataset, int, Generator], Sequence[Indices]]
+
+
+def _parse(spec: str) -> Deal:
+    if spec == "iid":
+        return _iid
+    if spec == "natural":
+        return _natural
+    if (match := re.fullmatch(f"dirichlet:({FLOAT})", spec)) and 0 < (alpha := float(match[1])) < float("inf"):
+        return lambda dataset, n, rng: _dirichlet(dataset, n, rng, alpha)
+    if (match := re.fullmatch(r"shards:(\d{1,6})", spec)) and (each := int(match[1])):
+        return lambda dataset, n, rng: _shards(dataset, n, rng, each)
+    raise ConfigError(f"partition {spec!r} is not one of: {FORMS}")
+
+
+def _iid(dataset: Dataset, participants: int, rng: Generator) -> list[Indices]:
+    return np.array_split(rng.permutation(len(dataset)), participants)
+
+
+def _shards(dataset: Dataset, participants: int, rng: Generator, each: int) -> list[Indices]:
+    pieces = participants * each
+    if pieces > len(dataset):
+        raise ConfigError(
+            f"partition shards:{each} for {participants} participants needs {pieces} pieces, but data set "
+            f"{dataset.name!r} has {len(dataset)} examples: use fewer of either"
+        )
+    by_label = np.array_split(np.argsort(dataset.y, kind="stable"), pieces)
+    hands = rng.permutation(pieces).reshape(participants, each)
+    return [np.concatenate([by_label[piece] for piece in hand]) for hand in hands]
+
+
+def _dirichlet(dataset: Dataset, participants: int, rng: Generator, alpha: float) -> list[Indices]:
+    """Draws each class's proportions over the participants until everybody has enough examples."""
+    if not np.issubdtype(dataset.y.dtype, np.integer):
+        raise ConfigError(
+            f"partition dirichlet:{alpha:g} needs class labels, but the targets of data set {dataset.name!r} are "
+            "measured numbers: use iid or shards:K"
+        )
+    least = min(LEAST_EXAMPLES, len(dataset) // participants)
+    for _ in range(DIRICHLET_TRIES):
+        owner = _draw_owners(dataset.y, participants, rng, alpha)
+        if np.bincount(owner, minlength=participants).min() >= least:
+            return [np.flatnonzero(owner == number) for number in range(participants)]
+    raise DataError(
+        f"data set {dataset.name!r}: in {DIRICHLET_TRIES} draws of dirichlet:{alpha:g} somebody among "
+        f"{participants} participants got fewer than {least} examples: use fewer participants or a larger ALPHA"
+    )
+
+
+def _draw_owners(labels: NDArray[np.integer], participants: int, rng: Generator, alpha: float) -> Indices:
+    owner = np.empty(len(labels), dtype=np.intp)
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        ends = np.cumsum(rng.dirichlet(np.full(participants, alpha))) * len(rows)
+        owner[rows] = np.searchsorted(ends[:-1], np.arange(len(rows)), side="right")
+    return owner
+
+
+def _natural(dataset: Dataset, participants: int, _: Generator) -> list[Indices]:
+    names = _group_names(dataset)
+    if len(names) != participants:
+        raise ConfigError(
+            f"partition natural: data set {dataset.name!r} has {len(names)} groups ({', '.join(names[:10])}), "
+            f"not {participants}: ask for {len(names)} participants"
+        )
+    slugs = np.array([_slug(name) for name in _groups(dataset)])
+    return [np.flatnonzero(slugs == name) for name in names]
+
+
+def _groups(dataset: Dataset) -> list[str]:
+    if dataset.group is None:
+        raise ConfigError(
+            f"partition natural: data set {dataset.name!r} has no groups: use iid, dirichlet:ALPHA or shards:K"
+        )
+    return [str(name) for name in dataset.group]
+
+
+def _group_names(dataset: Dataset) -> list[str]:
+    """The groups as participants' names, sorted. Raises DataError if two groups would share one name."""
+    groups = sorted(set(_groups(dataset)))
+    names = sorted({_slug(name) for name in groups})
+    if len(names) != len(groups) or not all(re.fullmatch(PARTICIPANT, name) for name in names):
+        raise DataError(
+            f"data set {dataset.name!r}: the groups {groups[:10]} do not make distinct names of a-z, 0-9 and '-' "
+            "with 1 to 40 characters: rename them"
+        )
+    return names
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40]

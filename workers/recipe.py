@@ -1,0 +1,66 @@
+"""How one participant trains: the run's settings `train.*`, checked. Needs no torch."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from broker.errors import ConfigError
+from workers.task import Scalar
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Stochastic gradient descent. Raises ConfigError for a value that cannot work.
+
+    `batch_size` 0 is the full batch. `l2` is alpha in the penalty alpha / 2 * ||w||^2. `momentum` starts anew each
+    round. `max_steps` ends local training early; 0 is no limit.
+    """
+
+    lr: float = 0.1
+    batch_size: int = 32
+    local_epochs: int = 1
+    l2: float = 0.0
+    momentum: float = 0.0
+    max_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _demand("lr", self.lr, "above 0", fits=0 < self.lr < math.inf)
+        _demand("batch_size", self.batch_size, "0 (full batch) or more", fits=self.batch_size >= 0)
+        _demand("local_epochs", self.local_epochs, "1 or more", fits=self.local_epochs >= 1)
+        _demand("l2", self.l2, "0 or more", fits=0 <= self.l2 < math.inf)
+        _demand("momentum", self.momentum, "in [0, 1)", fits=0 <= self.momentum < 1)
+        _demand("max_steps", self.max_steps, "0 (no limit) or more", fits=self.max_steps >= 0)
+
+
+def recipe(settings: Mapping[str, Scalar]) -> Recipe:
+    """The recipe in these settings. Raises ConfigError for an unknown name or a value of the wrong type."""
+    wanted: dict[str, type] = {field.name: type(field.default) for field in fields(Recipe)}
+    values: dict[str, int | float] = {}
+    for name, value in settings.items():
+        if name not in wanted:
+            raise ConfigError(
+                f"setting train.{name} is unknown{_near(name, wanted)}: there are {', '.join(wanted)}"
+            )
+        values[name] = _number(name, value, wanted[name])
+    return Recipe(**values)  # type: ignore[arg-type]  # _number returned what each field wants
+
+
+def _number(name: str, value: Scalar, kind: type) -> int | float:
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ConfigError(f"setting train.{name} = {value!r} is not {'a whole number' if kind is int else 'a number'}")
+
+
+def _near(name: str, known: Mapping[str, type]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean train.{near[0]}?" if near else ""
+
+
+def _demand(name: str, value: float, wanted: str, *, fits: bool) -> None:
+    if not fits:
+        raise ConfigError(f"setting train.{name} = {value} must be {wanted}")

@@ -1,0 +1,294 @@
+"""A learning task out of an `nn.Module`, a loss, data and preprocessing.
+
+What a user writes is one `TaskDefinition`; `definition.bind(train, held_out)` is one participant's task.
+Everything is a function of the arrays and the seed that come in: the same task on the same kind of CPU with
+one torch thread gives the same bits. Dropout draws from torch's generator, which is seeded and put back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from broker.errors import DataError, TaskError
+from workers.data import Dataset
+from workers.modules import arrays_of, build, load_arrays, seeded, views
+from workers.preprocess import Preprocess, PreprocessReport, prepare
+from workers.recipe import Recipe, recipe
+from workers.scaler import STATISTICS_ROUND, FederatedScaler, local_moments
+from workers.task import Arrays, Evaluation, Scalar, TrainConfig, TrainResult, WorkAbandoned
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+CHUNK_ROWS = 2048  # most examples in one pass through the model, so that full batches fit into memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskDefinition:
+    """What everybody agrees on: name, model, data, loss, metric and default training settings.
+
+    `model` makes the module; its parameters and buffers travel under their `state_dict` names. `load` gets the
+    whole data set (or one participant's own). `loss` is "cross-entropy", "mse" or a function of (outputs,
+    targets) that gives the mean over the examples as a scalar. `metric` "accuracy" adds accuracy to
+    evaluations, "rmse" adds rmse and mae. `defaults` are training settings (see `Recipe`). `held_out` is the
+    share of examples nobody trains on; `seed` draws the initial model and the held-out examples.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    load: Callable[[], Dataset]
+    summary: str = ""
+    loss: Literal["cross-entropy", "mse"] | Loss = "cross-entropy"
+    metric: Literal["accuracy", "rmse"] = "accuracy"
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    defaults: Mapping[str, Scalar] = field(default_factory=dict)
+    held_out: float = 0.2
+    seed: int = 42
+
+    def recipe(self, settings: Mapping[str, Scalar]) -> Recipe:
+        """The defaults with these settings over them. Raises ConfigError for one that cannot work."""
+        return recipe({**self.defaults, **settings})
+
+    def bind(
+        self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"
+    ) -> TorchTask:
+        """One participant's task. Without `train` it can only make the initial model and evaluate.
+
+        Raises DataError if the training data is empty, before or after preprocessing, or does not fit.
+        """
+        return TorchTask(self, train, held_out, participant)
+
+
+class TorchTask:
+    """The `LearningTask` of one participant. `report` and `held_out_report` say what preprocessing did."""
+
+    def __init__(
+        self, definition: TaskDefinition, train: Dataset | None, held_out: Dataset | None, participant: str
+    ) -> None:
+        self.definition = definition
+        self.name = definition.name
+        self._module = build(definition.model, definition.seed)
+        self._rows, self.report = _rows(train, definition.preprocess)
+        self._held_out, self.held_out_report = _rows(held_out, definition.preprocess)
+        self.num_examples = len(self._rows)
+        if train is not None and not self.num_examples:
+            raise DataError(
+                f"{participant} has no example to train on for task {self.name!r} ({len(train)} rows came in, "
+                f"{self.report.rows_dropped} were dropped): give it data, check preprocess.missing, or leave it out"
+            )
+
+    def initial(self) -> Arrays:
+        """The arrays of a new module under the definition's seed; torch's own random state stays as it was."""
+        return views(build(self.definition.model, self.definition.seed))
+
+    def train(self, arrays: Arrays, config: TrainConfig) -> TrainResult:
+        """Gradient descent from `arrays`, or their mean gradient; in a statistics round, local moments instead.
+
+        The L2 penalty is l2 / 2 * ||w||^2 over parameters with two or more dimensions: weights, not biases or
+        norm layers. The metric `loss` is the mean loss without penalty, before each step. Raises TaskError if
+        the arrays do not fit or the loss is not finite, and WorkAbandoned when told to stop.
+        """
+        self._demand_rows()
+        chosen = self.definition.recipe(config.settings)
+        load_arrays(self._module, arrays)
+        self._module.train()
+        with seeded(config.seed):
+            if config.wants == "gradient":
+                return self._gradient(chosen)
+            if self._scaler_name() is not None and config.round == STATISTICS_ROUND:
+                return self._statistics()
+            return self._descend(chosen, config)
+
+    def evaluate(self, arrays: Arrays) -> Evaluation:
+        """Means over the held-out examples: loss (without penalty), and accuracy or mae; and rmse.
+
+        Raises TaskError if there are none, the arrays do not fit, or a metric is not finite.
+        """
+        if not len(self._held_out):
+            raise TaskError(
+                f"task {self.name!r}: no held-out examples to evaluate on: bind the task with `held_out`, "
+                "or set evaluation.mode = central"
+            )
+        load_arrays(self._module, arrays)
+        self._module.eval()
+        with torch.inference_mode():
+            return Evaluation(self._measure(self._held_out), len(self._held_out))
+
+    def _demand_rows(self) -> None:
+        if not self.num_examples:
+            raise TaskError(f"task {self.name!r} was bound without training data: it can only evaluate")
+
+    def _descend(self, chosen: Recipe, config: TrainConfig) -> TrainResult:
+        velocity: dict[str, Tensor] = {}
+        losses: list[tuple[float, int]] = []
+        for batch in _batches(self.num_examples, chosen, config.seed):
+            if config.should_stop():
+                raise WorkAbandoned(f"task {self.name!r}: told to stop after {len(losses)} steps")
+            losses.append((self._backward(batch, chosen), len(batch)))
+            _step(self._module, chosen, velocity)
+        arrays = self._finite(arrays_of(self._module), chosen)
+        examples = sum(count for _, count in losses)
+        loss = math.fsum(loss * count for loss, count in losses) / examples
+        return TrainResult(arrays, self.num_examples, {"loss": loss, "steps": float(len(losses))})
+
+    def _gradient(self, chosen: Recipe) -> TrainResult:
+        """The mean gradient over all local examples with the penalty's; zeros for buffers."""
+        if self._scaler_name() is not None:
+            raise TaskError(
+                f"task {self.name!r} standardises with federated statistics, which travel as model arrays and not "
+                "as gradients: use a strategy that sends models (fedavg), or a fixed preprocess.reference"
+            )
+        loss = self._backward(torch.arange(self.num_examples), chosen)
+        gradients = {name: np.zeros_like(array) for name, array in views(self._module).items()}
+        for name, parameter in self._module.named_parameters(remove_duplicate=False):
+            if parameter.grad is not None:
+                gradients[name] = parameter.grad.numpy().copy()
+        return TrainResult(gradients, self.num_examples, {"loss": loss})
+
+    def _statistics(self) -> TrainResult:
+        scaler = self._scaler_name()
+        arrays = arrays_of(self._module)
+        for name, moment in local_moments(self._rows.x.numpy(), self._rows.columns).items():
+            arrays[f"{scaler}{name}"] = moment
+        self._module.eval()
+        with torch.inference_mode():
+            return TrainResult(arrays, self.num_examples, {"loss": self._measure(self._rows)["loss"]})
+
+    def _scaler_name(self) -> str | None:
+        """What the federated statistics' names begin with (`scaler.`); None if the model has none."""
+        for name, module in self._module.named_modules():
+            if isinstance(module, FederatedScaler):
+                return f"{name}." if name else ""
+        return None
+
+    def _backward(self, batch: Tensor, chosen: Recipe) -> float:
+        """Leaves the gradient of the mean loss over these examples, with the penalty's; returns that loss."""
+        self._module.zero_grad()
+        total = 0.0
+        for chunk in torch.split(batch, CHUNK_ROWS):
+            _, loss = self._forward(self._rows.x[chunk], self._rows.y[chunk])
+            share = loss * (len(chunk) / len(batch))
+            share.backward()  # type: ignore[no-untyped-call]
+            total += share.item()
+        if not math.isfinite(total):
+            raise self._diverged(f"the loss is {total}", chosen)
+        _add_penalty(self._module, chosen.l2)
+        return total
+
+    def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        loss = self.definition.loss
+        function = LOSSES[loss] if isinstance(loss, str) else loss
+        try:
+            outputs = self._module(x)
+            return outputs, function(outputs, y)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise TaskError(
+                f"task {self.name!r}: model or loss failed on inputs {tuple(x.shape)} {x.dtype} and targets "
+                f"{tuple(y.shape)} {y.dtype}: {error}"
+            ) from error
+
+    def _measure(self, rows: Rows) -> dict[str, float]:
+        parts: list[tuple[dict[str, float], int]] = []
+        for x, y in zip(torch.split(rows.x, CHUNK_ROWS), torch.split(rows.y, CHUNK_ROWS), strict=True):
+            outputs, loss = self._forward(x, y)
+            parts.append(({"loss": loss.item(), **METRICS[self.definition.metric](outputs, y)}, len(x)))
+        means = {name: math.fsum(part[name] * n for part, n in parts) / len(rows) for name in parts[0][0]}
+        if "mse" in means:
+            means["rmse"] = math.sqrt(means.pop("mse"))
+        if bad := [name for name, value in means.items() if not math.isfinite(value)]:
+            raise TaskError(f"task {self.name!r}: {', '.join(bad)} not finite: the model diverged, lower train.lr")
+        return means
+
+    def _finite(self, arrays: Arrays, chosen: Recipe) -> Arrays:
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise self._diverged(f"{name} is not finite", chosen)
+        return arrays
+
+    def _diverged(self, what: str, chosen: Recipe) -> TaskError:
+        return TaskError(
+            f"task {self.name!r}: {what} with train.lr = {chosen.lr:g}: lower train.lr (try {chosen.lr / 10:g}), "
+            "or look for missing values in the inputs"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Preprocessed examples: `x` float32 (n, ...), `y` int64 or float32 (n,)."""
+
+    x: Tensor
+    y: Tensor
+    columns: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def _rows(dataset: Dataset | None, steps: Preprocess) -> tuple[Rows, PreprocessReport]:
+    if dataset is None:
+        return Rows(torch.empty(0), torch.empty(0)), PreprocessReport()
+    prepared, report = prepare(dataset, steps)
+    return Rows(torch.from_numpy(prepared.x), torch.from_numpy(prepared.y), prepared.columns), report
+
+
+def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets)
+
+
+def _mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(outputs.reshape(targets.shape), targets)
+
+
+def _accuracy(outputs: Tensor, targets: Tensor) -> dict[str, float]:
+    return {"accuracy": (outputs.argmax(dim=1) == targets).double().mean().item()}
+
+
+def _errors(outputs: Tensor, targets: Tensor) -> dict[str, float]:
+    error = (outputs.reshape(targets.shape) - targets).double()
+    return {"mse": error.square().mean().item(), "mae": error.abs().mean().item()}
+
+
+LOSSES: Mapping[str, Loss] = {"cross-entropy": _cross_entropy, "mse": _mse}
+METRICS: Mapping[str, Callable[[Tensor, Tensor], dict[str, float]]] = {"accuracy": _accuracy, "rmse": _errors}
+
+
+def _batches(examples: int, chosen: Recipe, seed: int) -> Iterator[Tensor]:
+    """Indices of each step's examples: shuffled anew each local epoch, or all in order for a full batch."""
+    rng = np.random.default_rng(seed)
+    size = chosen.batch_size or examples
+    steps = 0
+    for _ in range(chosen.local_epochs):
+        order = np.arange(examples) if size >= examples else rng.permutation(examples)
+        for batch in torch.split(torch.from_numpy(order), size):
+            yield batch
+            steps += 1
+            if steps == chosen.max_steps:
+                return
+
+
+def _add_penalty(module: nn.Module, l2: float) -> None:
+    if l2 == 0:
+        return
+    for parameter in module.parameters():
+        if parameter.grad is not None and parameter.ndim > 1:
+            parameter.grad.add_(parameter.detach(), alpha=l2)
+
+
+def _step(module: nn.Module, chosen: Recipe, velocity: dict[str, Tensor]) -> None:
+    """v <- momentum v + g; w <- w - lr v."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            step = parameter.grad
+            if step is None:
+                continue
+            if chosen.momentum:
+                if name in velocity:
+                    step.add_(velocity[name], alpha=chosen.momentum)
+                velocity[name] = step  # zero_grad lets go of it, so nobody else writes to it
+            parameter.sub_(step, alpha=chosen.lr)
