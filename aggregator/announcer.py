@@ -13,6 +13,7 @@ from aggregator.settings import RunSettings
 from broker.errors import Unroutable
 from broker.head import HeadRecord
 from broker.messages import Fate, Join, Status, TrainRound
+from broker.retry import publish
 from broker.topology import EVERYONE, Topology
 from broker.wire import encode
 
@@ -99,7 +100,7 @@ class Announcer:
         inline = order.model is not None and order.model.where == "inline"
         frame = encode(order, self._lead.payload[: order.model.size_bytes] if inline and order.model else b"")
         try:
-            await self._lead.writer.publish(self._topology.down, key, frame)
+            await publish(self._lead.writer, self._topology.down, key, frame)
             self.bytes_down += len(frame) * readers
         except Unroutable:
             log.debug("nobody_to_tell", key=key)  # nobody there yet, or gone for so long that the inbox expired

@@ -139,8 +139,8 @@ class Checkpoints:
 
 def _tensors(path: Path) -> list[dict[str, Any]]:
     try:
-        with _disk(path), path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as view:
-            specs = manifest_of(memoryview(view))
+        with _disk(path), path.open("rb") as file:
+            specs = manifest_of(memoryview(mmap(file.fileno(), 0, access=ACCESS_READ)))
     except (BadMessage, ValueError) as error:
         raise StateError(f"{path}: not a safetensors file: {error}") from None
     return [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in specs]

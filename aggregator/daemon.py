@@ -7,9 +7,7 @@ reads the same stream from the same offset and decides the same. One task decide
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
-import random
 import secrets
 import time
 from collections.abc import Callable
@@ -46,6 +44,7 @@ from broker.messages import (
     UpdateReady,
 )  # fmt: skip
 from broker.offload import off_loop
+from broker.retry import Backoff, publish
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
 from broker.wire import decode, encode
@@ -70,6 +69,7 @@ class Aggregator:
     def __init__(self, job: Job, broker: Broker, directory: Path, around: Surroundings | None = None) -> None:
         self.job, self._broker, self._directory = job, broker, directory
         self._around = around or Surroundings()
+        self._backoff = Backoff(longest_s=10.0)
         make_strategy(job.settings.strategy, job.settings.round)  # an unknown one is refused before anything starts
 
     async def run(self) -> HeadRecord:
@@ -77,16 +77,15 @@ class Aggregator:
         self._directory.mkdir(parents=True, exist_ok=True)
         archive = await asyncio.to_thread(Archive, self._directory)
         try:
-            for failures in itertools.count():
+            while True:
                 try:
                     return await self._lead_once(archive)
                 except (LeadershipLost, TransportError) as lost:
-                    pause_s = random.uniform(0.5, 1) * min(0.1 * 2 ** min(failures, 10), 10)  # noqa: S311 - jitter
+                    pause_s = self._backoff.next_s()
                     log.warning("term_ended", reason=str(lost), next_try_s=round(pause_s, 2))
                     await asyncio.sleep(pause_s)
         finally:
             archive.close()
-        raise AssertionError("unreachable")
 
     async def _lead_once(self, archive: Archive) -> HeadRecord:
         settings, topology = self.job.settings, Topology(self.job.settings.federation)
@@ -97,6 +96,7 @@ class Aggregator:
                 await writer.declare(*topology.aggregator_declarations())
                 name = f"{os.getpid()}-{secrets.token_hex(4)}"
                 lead = await Lead(reader, writer, topology, name, settings.broker.patience_s).acquire()
+                self._backoff.reset()
                 return await Term(self.job, lead, topology, archive, self._around).run()
             finally:
                 await writer.close()
@@ -244,7 +244,7 @@ class Term:
             self.round.fail(delivery.sender)
         log.warning("update_rejected", participant=delivery.sender, offset=delivery.offset, reason=reason)
         note = Rejected(offset=delivery.offset, participant=delivery.sender, reason=reason[:2000])
-        await self.lead.writer.publish("", self.topology.rejected, encode(note, delivery.body[:QUOTED_BYTES]))
+        await publish(self.lead.writer, "", self.topology.rejected, encode(note, delivery.body[:QUOTED_BYTES]))
 
     async def _heard(self, status: Status) -> None:
         await self.intake.prepare(status.participant, len(self.blob))

@@ -10,7 +10,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -157,20 +157,30 @@ class History:
             return cursor.fetchall()
 
     def _prepare(self) -> None:
-        found = (self._pragma("application_id"), self._pragma("user_version"))
-        if found == (0, 0) and not self._pragma("schema_version"):
+        """Creates the tables in a new file, and refuses a foreign one. Several processes may do so at once."""
+        self._db.execute("BEGIN IMMEDIATE")
+        with self._db:
+            if self._tables():
+                self._check_ours()
+            else:
+                for statement in SCHEMA.split(";"):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA application_id = {APPLICATION}")
+                self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        with suppress(sqlite3.OperationalError):  # locked: another process is just doing the same
             self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.executescript(
-                f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA application_id = {APPLICATION};"
-                f" PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-            )
-        elif found[0] != APPLICATION:
-            raise StateError(f"{self.path}: a database, but not a Fluffle history: choose another run directory")
-        elif found[1] != SCHEMA_VERSION:
+
+    def _check_ours(self) -> None:
+        if self._pragma("application_id") != APPLICATION:
+            raise StateError(f"{self.path}: not a Fluffle history: choose another run directory")
+        if (schema := self._pragma("user_version")) != SCHEMA_VERSION:
             raise StateError(
-                f"{self.path}: history of schema version {found[1]}, but this Fluffle knows {SCHEMA_VERSION}: "
+                f"{self.path}: history of schema version {schema}, but this Fluffle knows {SCHEMA_VERSION}: "
                 "use the Fluffle that wrote it, or another run directory"
             )
+
+    def _tables(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0])
 
     def _pragma(self, name: str) -> int:
         return int(self._db.execute(f"PRAGMA {name}").fetchone()[0])

@@ -13,6 +13,7 @@ from broker.errors import BadMessage, StateError
 from broker.messages import Barrier, FromParticipant, Message, UpdateReady, Where
 from broker.offload import off_loop
 from broker.payloads import Assembly, collect, verify
+from broker.retry import publish
 from broker.tensors import Arrays, Buffer, check_like, decode
 from broker.topology import Topology
 from broker.transport import Delivery, Transport
@@ -75,7 +76,7 @@ class Intake:
         barrier = Barrier(nonce=secrets.token_hex(8))
         stream = await self._reader.read(outbox, offset=self._read_to[participant])
         try:
-            await self._writer.publish("", outbox, encode(barrier), timeout_s=self._settings.patience_s)
+            await publish(self._writer, "", outbox, encode(barrier), timeout_s=self._settings.patience_s)
             assembly = Assembly.into(buffer, where, participant)
             self._read_to[participant] = await collect(
                 stream, assembly, end=barrier, patience_s=self._settings.patience_s

@@ -14,6 +14,7 @@ import structlog
 from broker.errors import BadMessage, LeadershipLost
 from broker.head import HeadRecord
 from broker.messages import Barrier
+from broker.retry import publish
 from broker.tensors import Buffer
 from broker.topology import Topology
 from broker.transport import Delivery, Inbox, Transport
@@ -79,7 +80,7 @@ class Lead:
 
     async def _read_to_barrier(self) -> list[Delivery]:
         barrier = Barrier(nonce=self.name)
-        await self.writer.publish("", self._queue, encode(barrier), timeout_s=self._patience_s)
+        await publish(self.writer, "", self._queue, encode(barrier), timeout_s=self._patience_s)
         held: list[Delivery] = []
         while not held or _parse(held[-1])[0] != barrier:
             held.append(await self._next("the barrier"))
@@ -98,7 +99,7 @@ class Lead:
             log.info("foreign_record_dropped", rank=found.rank, by=found.by)
 
     async def _publish(self, record: HeadRecord, payload: Buffer = b"") -> None:
-        await self.writer.publish("", self._queue, encode(record, payload), timeout_s=self._patience_s)
+        await publish(self.writer, "", self._queue, encode(record, payload), timeout_s=self._patience_s)
 
     async def _next(self, awaited: str) -> Delivery:
         delivery = await self._inbox.get(self._patience_s)

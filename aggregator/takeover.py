@@ -17,6 +17,7 @@ from broker import tensors
 from broker.errors import ConfigError, LeadershipLost, StateError
 from broker.head import HeadRecord
 from broker.messages import Barrier, Metrics
+from broker.retry import publish
 from broker.topology import Topology
 from broker.wire import encode
 
@@ -62,7 +63,7 @@ class Takeover:
         stream, patience_s = self._topology.updates, self._job.settings.broker.patience_s
         barrier = encode(Barrier(nonce=secrets.token_hex(8)))
         tail = await self._lead.reader.read(stream, offset="next", prefetch=1)
-        await self._lead.writer.publish("", stream, barrier, timeout_s=patience_s)
+        await publish(self._lead.writer, "", stream, barrier, timeout_s=patience_s)
         while (delivery := await tail.get(patience_s)) is not None:
             if delivery.body == barrier:
                 await tail.close()

@@ -115,12 +115,8 @@ class MemoryTransport:
         return inboxes
 
     async def _round_trip(self) -> None:
-        """Gives others their turn before anything happens; the connection may be gone after it."""
-        self._check()
+        """Gives others their turn before anything happens. The connection may be gone after it."""
         await asyncio.sleep(0)
-        self._check()
-
-    def _check(self) -> None:
         if self._lost:
             raise ConnectionLost(self._lost)
 

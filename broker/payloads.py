@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from broker.errors import BadMessage
 from broker.messages import Barrier, Chunk, Where
 from broker.offload import off_loop
+from broker.retry import publish
 from broker.tensors import Buffer
 from broker.transport import Inbox, Transport
 from broker.wire import decode, encode
@@ -52,7 +53,7 @@ async def upload(
     for start in range(0, where.chunks, WINDOW):
         window = range(start, min(start + WINDOW, where.chunks))
         frames = [_chunk(where, index, view[piece(where, index)]) for index in window]
-        await asyncio.gather(*(transport.publish(to.exchange, to.key, frame) for frame in frames))
+        await asyncio.gather(*(publish(transport, to.exchange, to.key, frame) for frame in frames))
         if after is not None:
             after(window[-1])
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -21,23 +21,30 @@ from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS, Flag
 if TYPE_CHECKING:
     from fluffle.config import Config
     from fluffle.learning import Prediction
-    from fluffle.rundir import RunDir
+    from fluffle.logs import Format, Level
     from workers.task import Arrays
     from workers.torch_task import TaskDefinition
 
 RUNS = Path("runs")
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 class Failure(click.ClickException):
     """One line on stderr instead of a traceback."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-    def show(self, file: Any = None) -> None:
+    def show(self, file: IO[Any] | None = None) -> None:
         click.echo(f"fluffle: error: {self.message}", file=file or sys.stderr)
+
+
+class Misuse(Failure):
+    """Something on the command line, in the environment or in a file cannot work."""
+
+    exit_code = 2
+
+
+class Interrupted(Failure):
+    """Somebody pressed Ctrl-C."""
+
+    exit_code = 130  # 128 + SIGINT, as shells have it
 
 
 class Cli(click.Group):
@@ -47,12 +54,12 @@ class Cli(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Failure("interrupted", INTERRUPTED) from None
+            raise Interrupted("interrupted") from None
         except (FluffleError, ExceptionGroup) as error:
             known = first_known(error)
             if known is None or ctx.params["debug"]:
                 raise
-            raise Failure(str(known), 2 if isinstance(known, ConfigError) else 1) from None
+            raise (Misuse if isinstance(known, ConfigError) else Failure)(str(known)) from None
 
 
 def first_known(error: Exception) -> FluffleError | None:
@@ -71,8 +78,8 @@ class Asked:
     config_file: Path | None
     sets: tuple[str, ...]
     flags: Mapping[str, str | None]
-    log_level: str
-    log_format: str | None
+    log_level: Level
+    log_format: Format | None
 
     def config(self, *, resume: bool = False) -> Config:
         """The configuration of all layers. Raises ConfigError; StateError if there is nothing to resume."""
@@ -83,6 +90,8 @@ class Asked:
         files = [self._resumed_file()] if resume else []
         files += [self.config_file] if self.config_file else []
         layers = [from_toml(file) for file in files]
+        if resume and self.task and (begun := layers[0]["task"].value) != self.task:
+            raise ConfigError(f"{files[0]}: the run to resume learns {begun}, not {self.task}: leave TASK out")
         flags = from_flags({"task": self.task, **self.flags}, self.sets)
         return load_config(*layers, from_environment(os.environ), flags, defaults=task_defaults)
 
@@ -111,8 +120,8 @@ def configurable(*flags: Flag) -> Callable[[Callable[..., None]], Callable[..., 
             task: str | None,
             config_file: Path | None,
             sets: tuple[str, ...],
-            log_level: str,
-            log_format: str | None,
+            log_level: Level,
+            log_format: Format | None,
             **rest: Any,
         ) -> None:
             chosen = {flag.setting: rest.pop(_parameter(flag)) for flag in flags}
@@ -194,7 +203,7 @@ def simulate(asked: Asked, resume: bool, json_target: str | None) -> None:  # no
     from fluffle.display import make_display
     from fluffle.finish import finish
     from fluffle.rundir import RunDir
-    from fluffle.simulate import simulate as run_simulation
+    from fluffle.simulation import run_simulation
     from fluffle.text import summary
 
     check_target(json_target)
@@ -213,33 +222,29 @@ def simulate(asked: Asked, resume: bool, json_target: str | None) -> None:  # no
 @configurable(*COMMON_FLAGS)
 @json_option
 def central(asked: Asked, json_target: str | None) -> None:
-    """Train TASK on everybody's data together: what federation is measured against."""
-    from fluffle.baselines import train_central
-    from fluffle.results import central_result
+    """Train TASK on pooled data: what federation costs.
 
-    baseline(asked, json_target, train_central, central_result)
+    One model on everybody's data together, the same recipe and the same held-out examples.
+    """
+    baseline(asked, json_target, alone=False)
 
 
 @cli.command()
 @configurable(*COMMON_FLAGS)
 @json_option
 def local(asked: Asked, json_target: str | None) -> None:
-    """Train TASK at each participant alone: what federation has to beat."""
-    from fluffle.baselines import train_local
-    from fluffle.results import local_result
+    """Train TASK at each participant alone: what federation gains.
 
-    baseline(asked, json_target, train_local, local_result)
+    One model per participant, the same recipe and the same held-out examples.
+    """
+    baseline(asked, json_target, alone=True)
 
 
-def baseline(
-    asked: Asked,
-    json_target: str | None,
-    train: Callable[..., Any],
-    as_result: Callable[[Config, Any, float], dict[str, Any]],
-) -> None:
-    from fluffle.baselines import BaselineSettings
+def baseline(asked: Asked, json_target: str | None, *, alone: bool) -> None:
+    from fluffle.baselines import BaselineSettings, train_central, train_local
     from fluffle.display import progress_bar
     from fluffle.learning import shares_of
+    from fluffle.results import central_result, local_result
     from fluffle.text import baseline_summary
     from workers.tasks import find_task
 
@@ -248,12 +253,14 @@ def baseline(
     config = asked.config()
     definition = find_task(config.task)
     shares = shares_of(config, definition)
-    settings = BaselineSettings(config.stop.rounds, config.run.seed, config.train.chosen())
+    job = (definition, shares, BaselineSettings(config.stop.rounds, config.run.seed, config.train.chosen()))
     began = time.perf_counter()
-    steps = config.stop.rounds * (len(shares.shards) if train.__name__ == "train_local" else 1)
-    with progress_bar(config.task, steps) as advance:
-        outcome = train(definition, shares, settings, lambda _: advance())
-    result = as_result(config, outcome, time.perf_counter() - began)
+    with progress_bar(config.task, config.stop.rounds * (len(shares.shards) if alone else 1)) as advance:
+        if alone:
+            result = local_result(config, train_local(*job, advance))
+        else:
+            result = central_result(config, train_central(*job, advance))
+    result["wall_s"] = time.perf_counter() - began
     emit(result, baseline_summary(result), json_target)
 
 
@@ -261,14 +268,20 @@ def baseline(
 def tasks() -> None:
     """List the learning tasks that are shipped."""
     from fluffle.text import columns
-    from workers.tasks import TASKS
+    from workers.tasks import CATALOGUE
 
-    click.echo(columns([("TASK", "SUMMARY"), *((name, task.summary) for name, task in TASKS.items())]), nl=False)
+    rows = [(name, entry.summary) for name, entry in CATALOGUE.items()]
+    click.echo(columns([("TASK", "WHAT IT LEARNS"), *rows]), nl=False)
+    click.echo("\nYour own: package.module:OBJECT, a TaskDefinition.")
 
 
 @cli.command()
 def settings() -> None:
-    """List every setting: its name, type, default, environment variable and short flag."""
+    """List every setting there is.
+
+    With its type, default, meaning, short flag and environment variable. In TOML, the part before the dot is the
+    section. Later ones win: defaults, the task's own, TOML, environment, flags.
+    """
     from fluffle.config import settings as all_settings
 
     for setting in all_settings():
@@ -284,7 +297,9 @@ def runs() -> None:
 
 
 @runs.command("list")
-@click.option("--dir", "root", type=click.Path(path_type=Path), default=RUNS, show_default=True)
+@click.option(
+    "--dir", "root", type=click.Path(path_type=Path), default=RUNS, show_default=True, help="Where to look."
+)
 def list_runs(root: Path) -> None:
     """List runs with their state and result."""
     from fluffle.rundir import all_runs
@@ -340,10 +355,9 @@ def predict(model: str, task: str | None, input_file: Path | None, sample: int |
         raise click.UsageError("give either --input FILE or --sample N")
     arrays, definition = open_model(model, task)
     if input_file is not None:
-        inputs, truth = learning.read_inputs(input_file, definition.load()), None
+        inputs, truth = learning.read_inputs(input_file, learning.load_data(definition)), None
     else:
-        inputs = learning.held_out(definition)
-        inputs = inputs.take(learning.np.arange(min(sample or 0, len(inputs))))
+        inputs = learning.held_out(definition, most=sample)
         truth = inputs.y.tolist()
     found = learning.predict(definition, arrays, inputs)
     click.echo(prediction_lines(found, truth), nl=False)

@@ -36,7 +36,7 @@ from fluffle.flags import FLAGS
 
 PREFIX = "FLUFFLE_"
 RUNS = "runs"
-PARTITION = re.compile(r"iid|natural|dirichlet:(\d+\.?\d*|\.\d+)|shards:[1-9]\d*")
+PARTITION = re.compile(r"iid|natural|dirichlet:\d+(\.\d+)?(e-?\d+)?|shards:[1-9]\d{0,5}")
 TARGET_METRIC = re.compile(r"[A-Za-z0-9_]+:[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 

@@ -27,7 +27,7 @@ def draw_curve(
     `references` are drawn as labelled horizontal lines, such as the pooled model's accuracy.
     """
     rounds = by_round(reports)
-    metric = headline(rounds[-1].metrics if rounds else {}, metric)
+    metric = headline({name: value for report in rounds for name, value in report.metrics.items()}, metric)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -29,7 +29,12 @@ log = structlog.get_logger(__name__)
 
 
 class Display(Protocol):
-    """What a run tells about itself. A context manager; calls return at once."""
+    """What a run tells about itself. A context manager; calls return at once.
+
+    A `live` one owns the terminal: less should be logged beside it.
+    """
+
+    live: bool
 
     def on_report(self, report: RoundReport) -> None:
         """A round was closed, or a federated evaluation."""
@@ -44,26 +49,28 @@ class Display(Protocol):
     ) -> None: ...
 
 
-def make_display(title: str, rounds: int, *, log_lines: bool = False) -> Display:
-    """The live table if stderr is a terminal, unless `log_lines` asks for lines."""
+def make_display(title: str, rounds: int, *, lines: bool = False) -> Display:
+    """The live table if stderr is a terminal, unless `lines` of the log are asked for."""
     console = Console(stderr=True)
-    return LogDisplay() if log_lines or not console.is_terminal else LiveDisplay(title, rounds, console)
+    return LogDisplay() if lines or not console.is_terminal else LiveDisplay(title, rounds, console)
 
 
 @contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Callable[[], object]]:
-    """A bar on a terminal; yields what to call after each of `total` steps."""
+def progress_bar(title: str, total: int) -> Iterator[Callable[[object], None]]:
+    """A bar on a terminal; yields what to call with anything after each of `total` steps."""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True)
     )
     bar.disable = not bar.console.is_terminal
     with bar:
         task = bar.add_task(title, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda _: bar.advance(task)
 
 
 class LogDisplay:
     """Every event as one line of the log."""
+
+    live = False
 
     def __enter__(self) -> Self:
         return self
@@ -81,6 +88,8 @@ class LogDisplay:
 
 class LiveDisplay:
     """A table of the newest rounds, what happened beside them, and a progress bar."""
+
+    live = True
 
     def __init__(self, title: str, rounds: int, console: Console) -> None:
         self.title = title

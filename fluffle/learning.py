@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from broker import tensors
-from broker.errors import BadMessage, DataError, StateError
+from broker.errors import BadMessage, DataError, FluffleError, StateError
 from fluffle.config import Config
 from workers.data import Dataset, split
 from workers.partition import Plan, Shares, share_out
@@ -22,6 +22,8 @@ from workers.preprocess import prepare
 from workers.task import Arrays, Evaluation, Scalar
 from workers.tasks import find_task
 from workers.torch_task import CHUNK_ROWS, TaskDefinition
+
+FEW_OWNERS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,29 @@ class Prediction:
 
 
 def task_defaults(name: str) -> dict[str, Scalar]:
-    """A task's own settings by dotted name. Raises FluffleError if there is no such task."""
-    return {f"train.{key}": value for key, value in find_task(name).defaults.items()}
+    """A task's own settings by dotted name. Raises FluffleError if there is no such task.
+
+    Data with a few natural owners, such as hospitals, is by default left with them.
+    """
+    definition = find_task(name)
+    own: dict[str, Scalar] = {f"train.{key}": value for key, value in definition.defaults.items()}
+    group = load_data(definition).group
+    owners = 0 if group is None else len(np.unique(group))
+    if 0 < owners <= FEW_OWNERS:
+        own |= {"data.partition": "natural", "round.participants": owners}
+    return own
+
+
+def load_data(definition: TaskDefinition) -> Dataset:
+    """The task's whole data set. Raises DataError for whatever goes wrong, as `load` is the user's code."""
+    try:
+        return definition.load()
+    except FluffleError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"task {definition.name!r}: loading its data failed with {type(error).__name__}: {error}"
+        ) from error
 
 
 def shares_of(config: Config, definition: TaskDefinition) -> Shares:
@@ -47,12 +70,13 @@ def shares_of(config: Config, definition: TaskDefinition) -> Shares:
         held_out=definition.held_out,
         split_seed=definition.seed,
     )
-    return share_out(definition.load(), plan)
+    return share_out(load_data(definition), plan)
 
 
-def held_out(definition: TaskDefinition) -> Dataset:
-    """The examples that nobody trains on; they do not depend on how the others were shared out."""
-    return split(definition.load(), definition.held_out, definition.seed)[1]
+def held_out(definition: TaskDefinition, most: int | None = None) -> Dataset:
+    """The examples that nobody trains on, the first `most`; how the others were shared out does not matter."""
+    examples = split(load_data(definition), definition.held_out, definition.seed)[1]
+    return examples.take(np.arange(len(examples))[:most])
 
 
 def load_model(path: Path) -> Arrays:
@@ -83,7 +107,7 @@ def predict(definition: TaskDefinition, arrays: Arrays, inputs: Dataset) -> list
     prepared, _ = prepare(numbered, definition.preprocess)
     module.eval()
     with torch.inference_mode():
-        parts = [module(x) for x in torch.from_numpy(prepared.x).split(CHUNK_ROWS)] if len(prepared) else []
+        parts = [module(x) for x in torch.split(torch.from_numpy(prepared.x), CHUNK_ROWS)] if len(prepared) else []
     return list(_predictions(definition, prepared.y, parts))
 
 

@@ -40,28 +40,27 @@ def build_result(config: Config, record: HeadRecord, history: History, wall_s: f
     }
 
 
-def central_result(config: Config, outcome: BaselineResult, wall_s: float) -> Result:
+def central_result(config: Config, outcome: BaselineResult) -> Result:
     """Pooled training as plain data."""
-    return _baseline(config, "central", outcome.metrics, wall_s) | {
+    return _baseline(config, "central", outcome.metrics) | {
         "num_examples": outcome.num_examples,
         "history": [{"round": number, "metrics": m} for number, m in enumerate(outcome.history, 1)],
     }
 
 
-def local_result(config: Config, outcome: LocalResult, wall_s: float) -> Result:
+def local_result(config: Config, outcome: LocalResult) -> Result:
     """Each participant alone as plain data; `metrics` are the means over them."""
     means = {name: values["mean"] for name, values in outcome.summary.items()}
-    return _baseline(config, "local", means, wall_s) | outcome.to_dict()
+    return _baseline(config, "local", means) | outcome.to_dict()
 
 
-def _baseline(config: Config, kind: str, metrics: Mapping[str, float], wall_s: float) -> Result:
+def _baseline(config: Config, kind: str, metrics: Mapping[str, float]) -> Result:
     return {
         "run_id": config.run.id,
         "task": config.task,
         "strategy": kind,
         "rounds": config.stop.rounds,
         "metrics": dict(metrics),
-        "wall_s": wall_s,
     }
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from broker.errors import StateError
+import numpy as np
+
+from broker import tensors
+from broker.errors import BadMessage, StateError
 from fluffle.config import RUNS, Config, load_config
 from fluffle.layers import from_toml, to_toml
 
@@ -65,6 +71,14 @@ class RunDir:
         own = {name: given.value for name, given in layer.items() if name.startswith("train.")}
         return load_config(layer, defaults=lambda _: own)
 
+    def result(self) -> dict[str, Any]:
+        """What the finished run came to. Raises StateError if the file is damaged."""
+        try:
+            result: dict[str, Any] = json.loads(self.result_file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise StateError(f"{self.result_file}: cannot be read: {error}") from None
+        return result
+
     def begin(self, config: Config, *, resume: bool) -> None:
         """Makes the directory and keeps the configuration in it. Raises StateError.
 
@@ -109,3 +123,24 @@ def find_model(name: str, root: Path = Path(RUNS)) -> tuple[Path, RunDir | None]
     if not run.model_file.is_file():
         raise StateError(f"{run.path}: the run has no model.safetensors yet: let it finish, or name a checkpoint")
     return run.model_file, run
+
+
+def newest_run(root: Path = Path(RUNS)) -> RunDir:
+    """The run that was begun last. Raises StateError if there is none."""
+    found = max(all_runs(root), key=lambda run: run.config_file.stat().st_mtime, default=None)
+    if found is None:
+        raise StateError(f"{root}/: holds no runs: try `fluffle simulate digits`, or name a run's directory")
+    return found
+
+
+def export_model(model: Path, out: Path, file_format: str) -> None:
+    """Copies a model file as `safetensors`, or writes its arrays as `npz`. Raises StateError."""
+    try:
+        if file_format == "npz":
+            arrays: dict[str, Any] = dict(tensors.decode(model.read_bytes()))
+            with out.open("wb") as file:  # given a name, NumPy would add an ending to it
+                np.savez(file, **arrays)
+        else:
+            shutil.copyfile(model, out)
+    except (OSError, BadMessage) as error:
+        raise StateError(f"{out}: {model} cannot be exported: {error}") from None

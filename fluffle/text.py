@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fluffle.results import Result, headline
+from aggregator.history import History, RoundReport
+from fluffle.results import Result, by_round, headline
 from fluffle.rundir import RunDir
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -37,6 +38,54 @@ def size_text(size: float) -> str:
             return f"{size:.4g} {unit}"
         size /= 1000
     return f"{size:.4g} {UNITS[-1]}"
+
+
+def baseline_summary(result: Result) -> str:
+    """What pooled training came to, or each participant alone."""
+    lines = [
+        (one["participant"], one["num_examples"], metrics_text(one["metrics"]))
+        for one in result.get("participants", ())
+    ]
+    table = columns([("PARTICIPANT", "EXAMPLES", "ALONE"), *lines]) + "\n" if lines else ""
+    mean = ", mean over participants" if lines else ""
+    return (
+        f"{table}{result['task']}, {result['strategy']}: {metrics_text(result['metrics'])} "
+        f"after {result['rounds']} rounds in {result['wall_s']:.1f} s{mean}\n"
+    )
+
+
+def run_row(run: RunDir) -> tuple[object, ...]:
+    """One line of `fluffle runs list`."""
+    config = run.config()
+    reports = _reports(run, config.run.id)
+    metrics = metrics_text(reports[-1].metrics) if reports else ""
+    state = run.result()["why_finished"] if run.result_file.exists() else "not finished"
+    done = f"{len(reports)}/{config.stop.rounds}"
+    return (run.path.name, config.task, config.strategy.name, done, metrics, state)
+
+
+def run_page(run: RunDir) -> str:
+    """All of `fluffle runs show`."""
+    config = run.config()
+    reports = _reports(run, config.run.id)
+    names = sorted({name for report in reports for name in report.metrics})
+    rows = [
+        (
+            *(r.round, r.attempt, r.accepted, r.late, r.rejected, r.duplicate, f"{r.duration_s:.2f}"),
+            *(f"{r.metrics[name]:.4f}" if name in r.metrics else "" for name in names),
+        )
+        for r in reports
+    ]
+    head = ("ROUND", "ATTEMPT", "ACCEPTED", "LATE", "REJECTED", "DUPLICATE", "SECONDS", *map(str.upper, names))
+    files = columns([(name, path) for name, path in run.artefacts().items() if path.exists()])
+    return f"{config.run.id}: {config.task}, {config.strategy.name}\n\n{columns([head, *rows])}\n{files}"
+
+
+def _reports(run: RunDir, run_id: str) -> list[RoundReport]:
+    if not run.history_file.exists():
+        return []
+    with History(run.history_file) as history:
+        return by_round(history.rounds(run_id))
 
 
 def columns(rows: Sequence[Sequence[object]]) -> str:

@@ -50,7 +50,9 @@ def names(count: int) -> list[str]:
     return [f"p{i:02d}" for i in range(1, count + 1)]
 
 
-def settings(participants: int, rounds: int = 3, *, run_id: str = "run-1", **sections: dict[str, object]) -> RunSettings:
+def settings(
+    participants: int, rounds: int = 3, *, run_id: str = "run-1", **sections: dict[str, object]
+) -> RunSettings:
     """Short waits; `round={...}`, `evaluation={...}`, ... override single settings."""
     return RunSettings(
         run_id=run_id,
@@ -79,7 +81,9 @@ class Federation:
     def aggregator(self, run: RunSettings, around: Surroundings | None = None, **options: object) -> Aggregator:
         return Aggregator(self.job(run, **options), self.broker, self.directory, around)
 
-    def worker(self, name: str, lag_s: Callable[[float], float] = lambda _: 0.0, broker: Broker | None = None) -> Worker:
+    def worker(
+        self, name: str, lag_s: Callable[[float], float] = lambda _: 0.0, broker: Broker | None = None
+    ) -> Worker:
         task = self.tasks.setdefault(name, Pull(name, self.size))
         journal = self.journals.setdefault(name, MemoryJournal())
         settings = WorkerSettings(heartbeat_s=self.heartbeat_s, patience_s=5.0, retry_s=0.2, lag_s=lag_s)

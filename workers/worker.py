@@ -8,8 +8,6 @@ held update ask for, and looks again whenever there is news.
 from __future__ import annotations
 
 import asyncio
-import itertools
-import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,6 +21,7 @@ from broker import tensors
 from broker.errors import BadMessage, ConnectionLost, StateError, TransportError
 from broker.messages import FromParticipant, Heartbeat, Join, Leave, TrainFailed, TrainRound
 from broker.payloads import Address, Assembly, collect, upload, verify
+from broker.retry import Backoff, publish
 from broker.topology import AGGREGATOR, CHUNK, Topology
 from broker.transport import Broker, Delivery, Inbox, Transport
 from broker.wire import decode, encode
@@ -77,6 +76,7 @@ class Worker:
         self._held: Held | None = None
         self._training: TrainRound | None = None
         self._done = ("", 0, 0)  # run, task and attempt that need not be begun again
+        self._backoff = Backoff(self._settings.retry_s)
         self._news = asyncio.Event()
         self._abandoned = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -105,11 +105,11 @@ class Worker:
     # -- the link: stay connected, listen, be heard ---------------------------------------------------------
 
     async def _stay_connected(self) -> None:
-        for failures in itertools.count():
+        while True:
             try:
                 await self._converse()
             except TransportError as lost:
-                pause_s = random.uniform(0.5, 1) * min(self._settings.retry_s, 0.1 * 2 ** min(failures, 10))  # noqa: S311
+                pause_s = self._backoff.next_s()
                 log.warning(
                     "not_connected", participant=self.participant, reason=str(lost), next_try_s=round(pause_s, 2)
                 )
@@ -124,6 +124,7 @@ class Worker:
                 inbox = await reader.consume(self._topology.inbox(self.participant), prefetch=1)
                 self._reader, self._writer = reader, writer
                 await self._join()
+                self._backoff.reset()
                 self._news.set()
                 await self._listen(inbox)
             finally:
@@ -265,14 +266,14 @@ class Worker:
         if body is not None and body.where == "stream":
             await upload(writer, Address(self._topology.up, f"{self.participant}.{CHUNK}"), body, held.blob)
         frame = encode(update, held.blob if body is not None and body.where == "inline" else b"")
-        await writer.publish(self._topology.up, f"{self.participant}.{update.kind}", frame)
+        await publish(writer, self._topology.up, f"{self.participant}.{update.kind}", frame)
         held.sent = True
 
     # -- what it says ---------------------------------------------------------------------------------------
 
     async def _send(self, message: FromParticipant) -> None:
         writer = self._connected(self._writer)
-        await writer.publish(self._topology.up, f"{self.participant}.{message.kind}", encode(message))
+        await publish(writer, self._topology.up, f"{self.participant}.{message.kind}", encode(message))
 
     async def _join(self) -> None:
         task = self.site.task

@@ -132,6 +132,17 @@ class TestDeclaring:
         inbox = await transport.consume(queue)
         assert await bodies(inbox, 1) == [b"kept"]
 
+    async def test_a_later_binding_adds_to_earlier_ones(
+        self, transport: Transport, topology: Topology, queue: str
+    ) -> None:
+        second = f"{queue}.second"
+        await transport.declare(Exchange(topology.up), Queue(queue), Binding(topology.up, "#", queue))
+        await transport.publish(topology.up, "p-1.join", b"0")
+        await transport.declare(Queue(second), Binding(topology.up, "p-1.join", second))
+        await transport.publish(topology.up, "p-1.join", b"1")
+        assert await bodies(await transport.consume(queue), 2) == [b"0", b"1"]
+        assert await bodies(await transport.consume(second), 1) == [b"1"]
+
     async def test_binding_needs_both_ends(self, transport: Transport, topology: Topology, queue: str) -> None:
         await transport.declare(Exchange(topology.up))
         with pytest.raises(TransportError, match=queue):
@@ -159,6 +170,8 @@ class TestDeclaring:
             await transport.publish(topology.up, "p-1.join", b"")
         await transport.declare(Queue(queue, max_length=3))
         assert await is_quiet(await transport.consume(queue))
+        with pytest.raises(Unroutable):
+            await transport.publish(topology.up, "p-1.join", b"its bindings went with it")
 
     async def test_unused_queues_expire(self, transport: Transport, topology: Topology, queue: str) -> None:
         used = f"{queue}.used"
@@ -222,6 +235,17 @@ class TestSettling:
         assert (again.body, again.delivery_count) == (b"0", 1)
         await again.reject(requeue=False)
         assert await bodies(inbox, 1) == [b"1"]
+
+    async def test_a_rejected_delivery_cannot_settle_the_next_one(self, transport: Transport, queue: str) -> None:
+        await transport.declare(Queue(queue))
+        await send(transport, queue, b"")
+        inbox = await transport.consume(queue)
+        rejected = await receive(inbox)
+        await rejected.reject(requeue=True)
+        again = await receive(inbox)
+        with pytest.raises(TransportError):
+            await rejected.ack()
+        assert again.delivery_count > 0
 
     async def test_settling_twice_is_an_error(self, transport: Transport, queue: str) -> None:
         await transport.declare(Queue(queue))

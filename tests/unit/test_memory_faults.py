@@ -152,7 +152,8 @@ async def test_what_is_held_back_is_overtaken_and_confirmed_only_then() -> None:
     await asyncio.sleep(0.01)
     assert not publishing.done()
     await fast.publish("", "s", b"fast")
-    await publishing
+    async with asyncio.timeout(1):
+        await publishing
     inbox = await fast.read("s", offset="first")
     assert [d.body for d in (await inbox.get(1), await inbox.get(1)) if d] == [b"fast", b"slow"]
 

@@ -50,5 +50,5 @@ DIABETES = TaskDefinition(
     loss=loss,
     metric="rmse",
     preprocess=Preprocess(reference=REFERENCE),
-    defaults={"lr": 0.02, "batch_size": 16, "local_epochs": 2},
+    defaults={"lr": 0.01, "batch_size": 8, "local_epochs": 2},
 )

@@ -29,5 +29,5 @@ DIGITS = TaskDefinition(
     model=model,
     load=load,
     preprocess=Preprocess(bounds=(0.0, 16.0)),
-    defaults={"lr": 0.1, "batch_size": 16, "local_epochs": 2},
+    defaults={"lr": 0.2, "batch_size": 8, "local_epochs": 3},
 )

@@ -38,7 +38,7 @@ LOGREG = TaskDefinition(
     model=logreg,
     load=load_mnist,
     preprocess=PIXELS,
-    defaults={"lr": 0.1, "batch_size": 32, "local_epochs": 1, "l2": 0.01},
+    defaults={"lr": 0.1, "batch_size": 32, "local_epochs": 2, "l2": 0.01},
 )
 
 TWO_LAYERS = TaskDefinition(
@@ -47,7 +47,7 @@ TWO_LAYERS = TaskDefinition(
     model=two_layers,
     load=load_mnist,
     preprocess=PIXELS,
-    defaults={"lr": 0.1, "batch_size": 32, "local_epochs": 1},
+    defaults={"lr": 0.1, "batch_size": 10, "local_epochs": 1},
 )
 
 CNN = TaskDefinition(
@@ -56,5 +56,5 @@ CNN = TaskDefinition(
     model=cnn,
     load=load_mnist,
     preprocess=PIXELS,
-    defaults={"lr": 0.1, "batch_size": 32, "local_epochs": 1},
+    defaults={"lr": 0.1, "batch_size": 10, "local_epochs": 1},
 )

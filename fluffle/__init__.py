@@ -1,0 +1,75 @@
+"""Fluffle: federated learning as an asynchronous message-queue pipeline over RabbitMQ.
+
+What users import. Names are resolved when they are used, so that importing `fluffle` brings no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aggregator.daemon import Aggregator
+    from aggregator.takeover import Job
+    from broker.errors import FluffleError
+    from broker.memory import MemoryBroker
+    from broker.topology import Topology
+    from fluffle.face import Result, simulate
+    from workers.data import Dataset
+    from workers.preprocess import Preprocess, Reference
+    from workers.task import Evaluation, LearningTask, TrainConfig, TrainResult
+    from workers.tasks import find_task
+    from workers.torch_task import TaskDefinition
+    from workers.worker import Site, Worker
+
+__all__ = [
+    "Aggregator",
+    "Dataset",
+    "Evaluation",
+    "FluffleError",
+    "Job",
+    "LearningTask",
+    "MemoryBroker",
+    "Preprocess",
+    "Reference",
+    "Result",
+    "Site",
+    "TaskDefinition",
+    "Topology",
+    "TrainConfig",
+    "TrainResult",
+    "Worker",
+    "find_task",
+    "simulate",
+]
+
+_HOMES = {
+    "Aggregator": "aggregator.daemon",
+    "Dataset": "workers.data",
+    "Evaluation": "workers.task",
+    "FluffleError": "broker.errors",
+    "Job": "aggregator.takeover",
+    "LearningTask": "workers.task",
+    "MemoryBroker": "broker.memory",
+    "Preprocess": "workers.preprocess",
+    "Reference": "workers.preprocess",
+    "Result": "fluffle.face",
+    "Site": "workers.worker",
+    "TaskDefinition": "workers.torch_task",
+    "Topology": "broker.topology",
+    "TrainConfig": "workers.task",
+    "TrainResult": "workers.task",
+    "Worker": "workers.worker",
+    "find_task": "workers.tasks",
+    "simulate": "fluffle.face",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fluffle' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,101 @@
+"""A whole federation in one process: the real aggregator and the real workers on the embedded broker."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from aggregator.daemon import Aggregator, Surroundings
+from aggregator.takeover import Job
+from broker.errors import ConfigError
+from broker.head import HeadRecord
+from broker.memory import MemoryBroker
+from broker.tensors import Arrays
+from broker.topology import Topology
+from broker.transport import Broker
+from fluffle.config import Config
+from fluffle.display import Display
+from fluffle.learning import shares_of
+from workers.journal import MemoryJournal
+from workers.partition import Shard, Shares
+from workers.tasks import find_task
+from workers.torch_task import TaskDefinition
+from workers.trainer import Sizes
+from workers.worker import Site, Worker, WorkerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The last head record of a simulated run, and the seconds it took."""
+
+    record: HeadRecord
+    wall_s: float
+
+
+async def run_simulation(config: Config, display: Display) -> Outcome:
+    """Runs to the end, or goes on from the checkpoints in the run directory.
+
+    All participants share one training thread with one torch thread, so that equal seeds give equal bits.
+    """
+    if config.broker.url != "memory":
+        raise ConfigError(
+            f"broker.url = {config.broker.url.split('@')[-1]!r}: simulations run on the embedded broker only: "
+            "use --broker memory"
+        )
+    torch.set_num_threads(1)
+    definition = find_task(config.task)
+    shares = await asyncio.to_thread(shares_of, config, definition)
+    topology = Topology(config.run.federation)
+    broker = MemoryBroker(topology.access)
+    began = time.monotonic()
+    with ThreadPoolExecutor(1, "train") as thread:
+        async with asyncio.TaskGroup() as group:
+            workers = [_worker(config, definition, shard, broker, thread) for shard in shares.shards]
+            for worker in workers:
+                group.create_task(worker.run(), name=worker.participant)
+            record = await _aggregator(config, definition, shares, broker, display).run()
+            for worker in workers:
+                worker.stop()
+    return Outcome(record, time.monotonic() - began)
+
+
+def _worker(
+    config: Config, definition: TaskDefinition, shard: Shard, broker: Broker, thread: ThreadPoolExecutor
+) -> Worker:
+    held_out = shard.held_out if len(shard.held_out) else None
+    task = definition.bind(shard.train, held_out, shard.name)
+    settings = WorkerSettings(
+        heartbeat_s=config.broker.heartbeat_s,
+        patience_s=config.broker.patience_s,
+        sizes=Sizes(config.broker.inline_bytes, config.broker.chunk_bytes),
+    )
+    site = Site(shard.name, task, MemoryJournal(), thread)
+    return Worker(site, broker, Topology(config.run.federation), settings)
+
+
+def _aggregator(
+    config: Config, definition: TaskDefinition, shares: Shares, broker: Broker, display: Display
+) -> Aggregator:
+    judge = definition.bind(held_out=shares.held_out)
+
+    def evaluate(arrays: Arrays) -> dict[str, float]:
+        return judge.evaluate(arrays).metrics
+
+    job = Job(
+        settings=config.run_settings(),
+        initial=judge.initial,
+        evaluate=evaluate,
+        metric=config.evaluation.metric or definition.metric,
+        from_checkpoint=True,  # the command refuses a used directory unless it is to resume
+    )
+    notice = partial(_notice, display)
+    return Aggregator(job, broker, config.run_dir, Surroundings(on_report=display.on_report, on_notice=notice))
+
+
+def _notice(display: Display, event: str, fields: dict[str, object]) -> None:
+    display.on_notice(event, **fields)
