@@ -10,12 +10,13 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import structlog
 
+from aggregator import plan
 from aggregator.announcer import Announcer, reply_to
 from aggregator.archive import Archive, report_of
 from aggregator.history import RoundReport
@@ -23,9 +24,9 @@ from aggregator.intake import Intake, check_sender
 from aggregator.lead import Lead
 from aggregator.ledger import Ledger, weighted_means
 from aggregator.models import Models
-from aggregator.progress import best_of, evaluation_due, why_finished
-from aggregator.registry import Registry, sample
-from aggregator.round import Round, Step, deadline_s, judge, weight_of
+from aggregator.progress import best_of, evaluation_due
+from aggregator.registry import Registry
+from aggregator.round import Round, Step, judge, weight_of
 from aggregator.strategies import make_strategy
 from aggregator.takeover import Job, Takeover, commit
 from broker import tensors
@@ -54,13 +55,21 @@ log = structlog.get_logger(__name__)
 QUOTED_BYTES = 64 << 10  # of a refused message
 
 
+def log_report(report: RoundReport) -> None:
+    log.info("round_closed", **asdict(report))
+
+
+def log_notice(event: str, fields: Mapping[str, object]) -> None:
+    log.info(event, **fields)
+
+
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """Time and listeners, so that tests and simulations bring their own."""
 
     clock: Callable[[], float] = time.time
-    on_report: Callable[[RoundReport], None] = lambda report: None  # noqa: ARG005
-    on_notice: Callable[[str, dict[str, object]], None] = lambda event, fields: None  # noqa: ARG005
+    on_report: Callable[[RoundReport], None] = log_report
+    on_notice: Callable[[str, Mapping[str, object]], None] = log_notice
 
 
 class Aggregator:
@@ -74,7 +83,6 @@ class Aggregator:
 
     async def run(self) -> HeadRecord:
         """Returns the last record once the run is finished. A lost connection or lead begins a new term."""
-        self._directory.mkdir(parents=True, exist_ok=True)
         archive = await asyncio.to_thread(Archive, self._directory)
         try:
             while True:
@@ -185,7 +193,7 @@ class Term:
         except BadMessage as bad:
             await self._refuse(delivery, message, bad.reason)
         if behind and self.caught_up:
-            log.info("caught_up", offset=delivery.offset, round=self.head.round, epoch=self.head.epoch)
+            self._note("caught_up", offset=delivery.offset, round=self.head.round, epoch=self.head.epoch)
             await self._announce()
 
     async def _handle(self, message: FromParticipant, payload: memoryview, offset: int) -> None:
@@ -199,7 +207,7 @@ class Term:
                 self.head.run_id,
                 self.head.task,
             ):
-                log.warning("training_failed", participant=message.participant, error=message.error)
+                self._note("training_failed", participant=message.participant, error=message.error)
                 self.round.fail(message.participant)
             case Leave():
                 self.registry.leave(message.participant)
@@ -239,10 +247,11 @@ class Term:
     async def _refuse(self, delivery: Delivery, message: Message | None, reason: str) -> None:
         """Nothing that was accepted is touched; the reason goes to the ledger, the log and the rejected queue."""
         task = message.task if isinstance(message, UpdateReady) and message.participant == delivery.sender else 0
-        self.ledger.refused(delivery.sender, task, delivery.offset, reason)
-        if self.round and task == self.round.open.task:
+        answers = self.round is not None and task == self.round.open.task
+        self.ledger.refused(delivery.sender, task, delivery.offset, reason, settles=answers)
+        if self.round and answers:
             self.round.fail(delivery.sender)
-        log.warning("update_rejected", participant=delivery.sender, offset=delivery.offset, reason=reason)
+        self._note("update_rejected", participant=delivery.sender, offset=delivery.offset, reason=reason)
         note = Rejected(offset=delivery.offset, participant=delivery.sender, reason=reason[:2000])
         await publish(self.lead.writer, "", self.topology.rejected, encode(note, delivery.body[:QUOTED_BYTES]))
 
@@ -250,7 +259,10 @@ class Term:
         await self.intake.prepare(status.participant, len(self.blob))
         if not self.caught_up:
             return
-        if self.round and self._has_room(self.round.open, status.participant):
+        if self.round is None and isinstance(status, Join):
+            live = len(self.registry.live(self.around.clock()))
+            self._note("waiting_for_participants", live=live, expected=self.settings.round.participants)
+        if self.round and plan.has_room(self.round.open, status.participant, self.settings):
             cohort = tuple(sorted((*self.round.open.cohort, status.participant)))
             await self._reopen(self.round, self.round.open.model_copy(update={"cohort": cohort}))
         missing = self.round.missing if self.round else []
@@ -261,16 +273,19 @@ class Term:
     # -- deciding: what the state machine asks for becomes a head record ------------------------------------
 
     async def _advance(self, now: float) -> None:
+        live = self.registry.live(now)
         if self.round is None:
-            if self._enough(now):
-                await self._commit_progress(self._opened(self.head, "train", now).with_(closed=None))
+            if plan.enough(self.head, live, self.settings, now - self.began):
+                await self._commit_progress(
+                    plan.opened(self.head, "train", live, self.settings, now).with_(closed=None)
+                )
                 await self._announce()
         else:
             match self.round.step(now):
                 case Step.CLOSE:
                     await self._close(self.round, now)
                 case Step.EXTEND:
-                    live = self.registry.live(now)
+                    self._note("round_extended", round=self.round.open.round, missing=self.round.missing)
                     await self._reopen(self.round, self.round.extended(now, live, live))
                     await self._announce()
         if now >= self.refresh_at:
@@ -291,7 +306,8 @@ class Term:
             unlisted=self.ledger.unlisted,
         )  # fmt: skip
         self.bytes_up = self.announcer.bytes_down = 0
-        await self._commit_progress(self._continued(record.with_(closed=closed, open=None), opened.work, now))
+        record, live = record.with_(closed=closed, open=None), self.registry.live(now)
+        await self._commit_progress(plan.continued(record, opened.work, live, self.settings, now))
         self.around.on_report(report_of(self.head, closed))
         if not self.head.finished:
             await self._announce()
@@ -306,39 +322,6 @@ class Term:
         if self.job.evaluate and evaluation_due(self.settings, "central", record.round):
             metrics |= await asyncio.to_thread(self.job.evaluate, self.model)
         return record.with_(version=record.version + 1, model=where, previous=record.model, metrics=metrics)
-
-    def _continued(self, record: HeadRecord, work: str, now: float) -> HeadRecord:
-        """What comes after a closed round: its evaluation, the end, the next round, or a wait for participants."""
-        if work == "train" and self.registry.live(now) and evaluation_due(self.settings, "federated", record.round):
-            return self._opened(record, "evaluate", now)
-        if why := why_finished(record, self.settings, now):
-            return record.with_(finished=why)
-        return self._opened(record, "train", now) if self._enough(now) else record
-
-    def _enough(self, now: float) -> bool:
-        """Whether a round can open. The first waits for everybody expected, but not longer than a deadline."""
-        rounds, live = self.settings.round, len(self.registry.live(now))
-        if self.head.task == 0 and now < self.began + rounds.deadline_s:
-            return live >= rounds.participants
-        return live >= max(1, rounds.quorum or rounds.target)
-
-    def _opened(self, record: HeadRecord, work: str, now: float) -> HeadRecord:
-        """The record with a task for a cohort of those who live."""
-        number = record.round + (work == "train")
-        cohort = sample(self.registry.live(now), self.settings.round.most_asked, self.settings.seed, number)
-        task, sha256 = record.task + 1, record.model.sha256 if record.model else ""
-        opened = OpenRound(
-            work="train" if work == "train" else "evaluate", round=number, attempt=1, task=task, epoch=record.epoch,
-            cohort=cohort, opened=now, deadline=now + deadline_s(self.settings.round, 1),
-        )  # fmt: skip
-        remembered = 2 * self.settings.round.staleness_max + 4  # evaluations are tasks too
-        lineage = (*record.lineage, (task, record.version, sha256))[-remembered:]
-        return record.with_(open=opened, task=task, lineage=lineage)
-
-    def _has_room(self, opened: OpenRound, participant: str) -> bool:
-        """Whether one who comes in the middle of a round can still be asked."""
-        free = len(opened.cohort) < self.settings.round.most_asked
-        return opened.work == "train" and free and participant not in opened.cohort
 
     async def _reopen(self, current: Round, opened: OpenRound) -> None:
         """Changes who is asked, or until when; what was accepted stays, for the record's offset stays too."""
@@ -360,6 +343,9 @@ class Term:
     async def _commit(self, record: HeadRecord) -> None:
         await commit(self.lead, record, self.blob)
         self.refresh_at = self.around.clock() + self.settings.broker.refresh_s
+
+    def _note(self, event: str, **fields: object) -> None:
+        self.around.on_notice(event, fields)
 
     async def _announce(self) -> None:
         now = self.around.clock()

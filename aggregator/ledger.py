@@ -36,10 +36,10 @@ class Ledger:
     def duplicate(self, update: UpdateReady, offset: int, reason: str) -> None:
         self._list("duplicate", update.participant, update.task, offset, reason=reason)
 
-    def refused(self, participant: str, task: int, offset: int, reason: str) -> None:
-        """Not even counted as an answer: the participant may try the same task again."""
+    def refused(self, participant: str, task: int, offset: int, reason: str, *, settles: bool) -> None:
+        """Not counted; if it answered the open task that is `settled`, though the same task may be tried again."""
         last_task, _ = self.settled.get(participant, (0, "refused"))
-        if task > last_task:
+        if settles and task > last_task:
             self.settled[participant] = (task, "refused")
         self._list("refused", participant, task, offset, reason=reason)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,17 +17,18 @@ from broker.errors import ConfigError
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
 from broker.tensors import Arrays
-from broker.topology import Topology
+from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker
 from fluffle.config import Config
 from fluffle.display import Display
 from fluffle.learning import shares_of
 from workers.journal import MemoryJournal
+from workers.link import WorkerSettings
 from workers.partition import Shard, Shares
 from workers.tasks import find_task
 from workers.torch_task import TaskDefinition
 from workers.trainer import Sizes
-from workers.worker import Site, Worker, WorkerSettings
+from workers.worker import Site, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ async def run_simulation(config: Config, display: Display) -> Outcome:
     shares = await asyncio.to_thread(shares_of, config, definition)
     topology = Topology(config.run.federation)
     broker = MemoryBroker(topology.access)
+    await _set_up(broker, topology)
     began = time.monotonic()
     with ThreadPoolExecutor(1, "train") as thread:
         async with asyncio.TaskGroup() as group:
@@ -62,6 +65,13 @@ async def run_simulation(config: Config, display: Display) -> Outcome:
             for worker in workers:
                 worker.stop()
     return Outcome(record, time.monotonic() - began)
+
+
+async def _set_up(broker: Broker, topology: Topology) -> None:
+    """Lets workers find the federation before an aggregator leads it."""
+    connection = await broker.connect(AGGREGATOR, purpose="set up")
+    await connection.declare(*topology.aggregator_declarations())
+    await connection.close()
 
 
 def _worker(
@@ -97,5 +107,5 @@ def _aggregator(
     return Aggregator(job, broker, config.run_dir, Surroundings(on_report=display.on_report, on_notice=notice))
 
 
-def _notice(display: Display, event: str, fields: dict[str, object]) -> None:
+def _notice(display: Display, event: str, fields: Mapping[str, object]) -> None:
     display.on_notice(event, **fields)

@@ -18,8 +18,9 @@ from broker.tensors import Arrays
 from broker.topology import Topology
 from broker.transport import Broker
 from workers.journal import MemoryJournal
+from workers.link import WorkerSettings
 from workers.task import Evaluation, TrainConfig, TrainResult
-from workers.worker import Site, Worker, WorkerSettings
+from workers.worker import Site, Worker
 
 
 class Pull:

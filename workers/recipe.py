@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from broker.errors import ConfigError
 from workers.task import Scalar
+
+LARGEST = 1e6  # what float32 can still multiply by
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,10 @@ class Recipe:
     max_steps: int = 0
 
     def __post_init__(self) -> None:
-        _demand("lr", self.lr, "above 0", fits=0 < self.lr < math.inf)
+        _demand("lr", self.lr, f"above 0 and at most {LARGEST:g}", fits=0 < self.lr <= LARGEST)
         _demand("batch_size", self.batch_size, "0 (full batch) or more", fits=self.batch_size >= 0)
         _demand("local_epochs", self.local_epochs, "1 or more", fits=self.local_epochs >= 1)
-        _demand("l2", self.l2, "0 or more", fits=0 <= self.l2 < math.inf)
+        _demand("l2", self.l2, f"0 to {LARGEST:g}", fits=0 <= self.l2 <= LARGEST)
         _demand("momentum", self.momentum, "in [0, 1)", fits=0 <= self.momentum < 1)
         _demand("max_steps", self.max_steps, "0 (no limit) or more", fits=self.max_steps >= 0)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -182,14 +183,23 @@ class TorchTask:
         return total
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss = self.definition.loss
-        function = LOSSES[loss] if isinstance(loss, str) else loss
-        try:
+        """Outputs and mean loss. Raises TaskError, with shapes, for whatever goes wrong in the user's code."""
+        chosen = self.definition.loss
+        function = LOSSES[chosen] if isinstance(chosen, str) else chosen
+        with self._failures_named(x, y):
             outputs = self._module(x)
-            return outputs, function(outputs, y)
+            loss = function(outputs, y)
+            if loss.ndim:
+                raise ValueError(f"the loss has shape {tuple(loss.shape)}, but must be a scalar: return its mean")
+        return outputs, loss
+
+    @contextmanager
+    def _failures_named(self, x: Tensor, y: Tensor) -> Iterator[None]:
+        try:
+            yield
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise TaskError(
-                f"task {self.name!r}: model or loss failed on inputs {tuple(x.shape)} {x.dtype} and targets "
+                f"task {self.name!r}: model, loss or metric failed on inputs {tuple(x.shape)} {x.dtype} and targets "
                 f"{tuple(y.shape)} {y.dtype}: {error}"
             ) from error
 
@@ -197,7 +207,9 @@ class TorchTask:
         parts: list[tuple[dict[str, float], int]] = []
         for x, y in zip(torch.split(rows.x, CHUNK_ROWS), torch.split(rows.y, CHUNK_ROWS), strict=True):
             outputs, loss = self._forward(x, y)
-            parts.append(({"loss": loss.item(), **METRICS[self.definition.metric](outputs, y)}, len(x)))
+            with self._failures_named(x, y):
+                metrics = METRICS[self.definition.metric](outputs, y)
+            parts.append(({"loss": loss.item(), **metrics}, len(x)))
         means = {name: math.fsum(part[name] * n for part, n in parts) / len(rows) for name in parts[0][0]}
         if "mse" in means:
             means["rmse"] = math.sqrt(means.pop("mse"))

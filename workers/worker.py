@@ -1,14 +1,13 @@
 """The worker: serves one participant. It is told the newest round, trains off the loop, and keeps its update
 until it knows what became of it. It may be killed, cut off or put to sleep at any point.
 
-Two tasks: one stays connected, listens and sends heartbeats; one does whatever the newest order and the
-held update ask for, and looks again whenever there is news.
+Two tasks: the link listens and is heard; the other does whatever the newest order and the held update ask
+for, and looks again whenever there is news.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,30 +16,17 @@ from typing import Any
 
 import structlog
 
-from broker import tensors
-from broker.errors import BadMessage, ConnectionLost, StateError, TransportError
-from broker.messages import FromParticipant, Heartbeat, Join, Leave, TrainFailed, TrainRound
-from broker.payloads import Address, Assembly, collect, upload, verify
-from broker.retry import Backoff, publish
-from broker.topology import AGGREGATOR, CHUNK, Topology
-from broker.transport import Broker, Delivery, Inbox, Transport
-from broker.wire import decode, encode
+from broker.errors import BadMessage, StateError, TransportError
+from broker.messages import Heartbeat, Join, Leave, TrainFailed, TrainRound
+from broker.topology import AGGREGATOR, Topology
+from broker.transport import Broker, Delivery
+from broker.wire import decode
 from workers.journal import Held, Journal
+from workers.link import Link, WorkerSettings
 from workers.task import LearningTask, WorkAbandoned
-from workers.trainer import Sizes, carry_out, train_config
+from workers.trainer import carry_out, train_config
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSettings:
-    """Waits and sizes. `lag_s` adds seconds to a training that took so many: to study slow machines."""
-
-    heartbeat_s: float = 10.0
-    patience_s: float = 30.0
-    retry_s: float = 10.0  # at the most, between attempts to connect
-    sizes: Sizes = field(default_factory=Sizes)
-    lag_s: Callable[[float], float] = lambda trained_s: 0.0  # noqa: ARG005
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +54,12 @@ class Worker:
         self, site: Site, broker: Broker, topology: Topology, settings: WorkerSettings | None = None
     ) -> None:
         self.site, self.participant = site, site.participant
-        self._broker, self._topology = broker, topology
         self._settings = settings or WorkerSettings()
-        self._reader: Transport | None = None
-        self._writer: Transport | None = None
+        self._link = Link(site.participant, broker, topology, self._settings)
         self._order: Order | None = None
         self._held: Held | None = None
         self._training: TrainRound | None = None
         self._done = ("", 0, 0)  # run, task and attempt that need not be begun again
-        self._backoff = Backoff(self._settings.retry_s)
         self._news = asyncio.Event()
         self._abandoned = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -95,82 +78,46 @@ class Worker:
             told, payload = decode(remembered.order)
             self._order = Order(told, payload) if isinstance(told, TrainRound) else None
         async with asyncio.TaskGroup() as group:
-            link = group.create_task(self._stay_connected(), name=f"{self.participant} link")
+            link = group.create_task(self._link.run(self), name=f"{self.participant} link")
             self._news.set()
             await self._work()
-            if self._writer is not None:
-                await self._say_goodbye()
+            with suppress(TransportError):
+                await self._link.send(Leave(participant=self.participant, reason="stopped"))
             link.cancel()
 
-    # -- the link: stay connected, listen, be heard ---------------------------------------------------------
+    # -- being told: what the link calls --------------------------------------------------------------------
 
-    async def _stay_connected(self) -> None:
-        while True:
-            try:
-                await self._converse()
-            except TransportError as lost:
-                pause_s = self._backoff.next_s()
-                log.warning(
-                    "not_connected", participant=self.participant, reason=str(lost), next_try_s=round(pause_s, 2)
-                )
-                await asyncio.sleep(pause_s)
+    async def on_connected(self) -> None:
+        task = self.site.task
+        await self._link.send(Join(**self._status(), learning_task=task.name, num_examples=task.num_examples))
+        self._news.set()
 
-    async def _converse(self) -> None:
-        reader = await self._broker.connect(self.participant, purpose="consume")
-        try:
-            writer = await self._broker.connect(self.participant, purpose="publish")
-            try:
-                await reader.declare(*self._topology.inbox_declarations(self.participant))
-                inbox = await reader.consume(self._topology.inbox(self.participant), prefetch=1)
-                self._reader, self._writer = reader, writer
-                await self._join()
-                self._backoff.reset()
-                self._news.set()
-                await self._listen(inbox)
-            finally:
-                self._reader = self._writer = None
-                await writer.close()
-        finally:
-            await reader.close()
+    async def on_heartbeat(self) -> None:
+        await self._link.send(Heartbeat(**self._status()))
+        self._news.set()  # whatever could not be done for want of the broker is tried again
 
-    async def _listen(self, inbox: Inbox) -> None:
-        clock = asyncio.get_running_loop().time
-        next_beat = clock() + self._settings.heartbeat_s
-        while True:
-            delivery = await inbox.get(max(0.0, next_beat - clock()))
-            if delivery is not None:
-                await self._receive(delivery)
-            elif clock() >= next_beat:
-                await self._beat()
-                next_beat = clock() + self._settings.heartbeat_s
-
-    async def _receive(self, delivery: Delivery) -> None:
-        """Journals an order, then acks it. What cannot be read is dropped: the next one tells all again."""
-        try:
-            told, payload = decode(delivery.body)
-            if not isinstance(told, TrainRound) or delivery.sender != AGGREGATOR:
-                raise BadMessage(f"a {told.kind} message from {delivery.sender!r} is no order")
-        except BadMessage as bad:
-            log.warning("order_dropped", participant=self.participant, reason=bad.reason)
+    async def on_delivery(self, delivery: Delivery) -> None:
+        """Journals an order that asks for something, then acks it. The next one tells all again."""
+        order, before = _read(delivery), self._order.told if self._order else None
+        same_run = before is not None and order is not None and before.run_id == order.told.run_id
+        if order is None or (same_run and before and order.told.rank < before.rank):
+            log.warning(
+                "order_dropped", participant=self.participant, why="unreadable" if order is None else "older"
+            )
             await delivery.ack()
             return
-        before = self._order.told if self._order else None
-        if before and before.run_id == told.run_id and told.rank < before.rank:
-            log.info("older_order_dropped", participant=self.participant, rank=told.rank)
-            await delivery.ack()
-            return
-        if self.participant in told.asked:
+        if self.participant in order.told.asked:
             await self.site.journal.save_order(delivery.body)
-        self._order = Order(told, payload)
+        self._order = order
         await delivery.ack()
-        await self._consider(told)
-        if before is None or before.run_id != told.run_id:
-            await self._join()
-        elif before.epoch != told.epoch:
-            await self._beat()  # a new leader wants to know who is there
+        await self._consider(order.told)
+        if not same_run:
+            await self.on_connected()
+        elif before and before.epoch != order.told.epoch:
+            await self.on_heartbeat()  # a new leader wants to know who is there
 
     async def _consider(self, told: TrainRound) -> None:
-        """What the order means for the work in hand and for the held update."""
+        """What an order means for the work in hand and for the held update."""
         doing, held = self._training, self._held
         if doing and (told.run_id != doing.run_id or (told.task != doing.task and not told.late_counts)):
             self._abandoned.set()
@@ -186,6 +133,15 @@ class Worker:
             self.finished.set()
         self._news.set()
 
+    def _status(self) -> dict[str, Any]:
+        phase, task = "idle", 0
+        if self._training is not None:
+            phase, task = "training", self._training.task
+        elif self._held is not None:
+            phase, task = "holding", self._held.update.task
+        run_id, epoch = (self._order.told.run_id, self._order.told.epoch) if self._order else ("", 0)
+        return {"participant": self.participant, "run_id": run_id, "epoch": epoch, "phase": phase, "task": task}
+
     # -- the work: whatever the newest order and the held update ask for ------------------------------------
 
     async def _work(self) -> None:
@@ -194,11 +150,12 @@ class Worker:
             self._news.clear()
             try:
                 if self._held and not self._held.sent:
-                    await self._deliver(self._held)
+                    await self._link.deliver(self._held)
+                    self._held.sent = True
                 if self._stopping.is_set():
                     return
-                if (order := self._order) and self._is_to_do(order.told):
-                    await self._do(order)
+                if self._order and self._is_to_do(self._order.told):
+                    await self._do(self._order)
                     self._news.set()
             except (TransportError, BadMessage) as error:
                 if self._stopping.is_set():
@@ -216,11 +173,7 @@ class Worker:
         told = self._training = order.told
         self._abandoned.clear()
         try:
-            blob = await self._fetch(order)
-            config = train_config(told, self.participant, self._abandoned.is_set)
-            work = partial(carry_out, self.site.task, told, blob, config, self.participant, self._settings.sizes)
-            held = await asyncio.get_running_loop().run_in_executor(self.site.executor, work)
-            await self._lag(held.update.seconds)
+            held = await self._carry_out(order)
             await self.site.journal.save_held(held)
             self._held = held
         except WorkAbandoned:
@@ -230,73 +183,34 @@ class Worker:
         except Exception as error:  # whatever a user's task raises: the worker lives on
             log.exception("task_failed", participant=self.participant, task=told.task)
             reason = f"{type(error).__name__}: {error}"[:2000]
-            await self._send(
+            await self._link.send(
                 TrainFailed(participant=self.participant, run_id=told.run_id, task=told.task, error=reason)
             )
         finally:
             self._training = None
         self._done = (told.run_id, told.task, told.attempt)
 
-    async def _lag(self, trained_s: float) -> None:
-        if (extra_s := self._settings.lag_s(trained_s)) > 0:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._abandoned.wait(), extra_s)
-        if self._abandoned.is_set():
-            raise WorkAbandoned("a newer round began")
-
-    async def _fetch(self, order: Order) -> tensors.Buffer:
-        """The bytes of the global model, from behind the order or from the model stream."""
-        where = order.told.model
-        if where is None:
+    async def _carry_out(self, order: Order) -> Held:
+        if order.told.model is None:
             raise BadMessage("the order names no model")
-        blob: tensors.Buffer = order.payload
-        if where.where == "stream":
-            blob = await asyncio.to_thread(bytearray, where.size_bytes)
-            stream = await self._connected(self._reader).read(where.stream, offset=where.first_offset)
-            assembly = Assembly.into(blob, where, AGGREGATOR)
-            await collect(stream, assembly, end=None, patience_s=self._settings.patience_s)
-            await stream.close()
-        await verify(blob, where)
-        return blob
+        blob = await self._link.fetch(order.told.model, order.payload)
+        config = train_config(order.told, self.participant, self._abandoned.is_set)
+        work = partial(carry_out, self.site.task, order.told, blob, config, self.participant, self._settings.sizes)
+        held = await asyncio.get_running_loop().run_in_executor(self.site.executor, work)
+        await self._lag(self._settings.lag_s(held.update.seconds))
+        return held  # what is finished is published, even if it may be late: the ledger shall know
 
-    async def _deliver(self, held: Held) -> None:
-        """Publishes the held update: its chunks first, so that whoever reads of it finds them all."""
-        update, writer = held.update, self._connected(self._writer)
-        body = update.body
-        if body is not None and body.where == "stream":
-            await upload(writer, Address(self._topology.up, f"{self.participant}.{CHUNK}"), body, held.blob)
-        frame = encode(update, held.blob if body is not None and body.where == "inline" else b"")
-        await publish(writer, self._topology.up, f"{self.participant}.{update.kind}", frame)
-        held.sent = True
+    async def _lag(self, lag_s: float) -> None:
+        """Plays a slow machine, which stops like any other when its work became pointless."""
+        if lag_s > 0:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._abandoned.wait(), lag_s)
+                raise WorkAbandoned("a newer round began")
 
-    # -- what it says ---------------------------------------------------------------------------------------
 
-    async def _send(self, message: FromParticipant) -> None:
-        writer = self._connected(self._writer)
-        await publish(writer, self._topology.up, f"{self.participant}.{message.kind}", encode(message))
-
-    async def _join(self) -> None:
-        task = self.site.task
-        await self._send(Join(**self._status(), learning_task=task.name, num_examples=task.num_examples))
-
-    async def _beat(self) -> None:
-        await self._send(Heartbeat(**self._status()))
-        self._news.set()  # whatever could not be done for want of the broker is tried again
-
-    def _status(self) -> dict[str, Any]:
-        phase, task = "idle", 0
-        if self._training is not None:
-            phase, task = "training", self._training.task
-        elif self._held is not None:
-            phase, task = "holding", self._held.update.task
-        run_id, epoch = (self._order.told.run_id, self._order.told.epoch) if self._order else ("", 0)
-        return {"participant": self.participant, "run_id": run_id, "epoch": epoch, "phase": phase, "task": task}
-
-    async def _say_goodbye(self) -> None:
-        with suppress(TransportError):
-            await self._send(Leave(participant=self.participant, reason="stopped"))
-
-    def _connected(self, transport: Transport | None) -> Transport:
-        if transport is None:
-            raise ConnectionLost("not connected now: this is tried again once it is")
-        return transport
+def _read(delivery: Delivery) -> Order | None:
+    try:
+        told, payload = decode(delivery.body)
+    except BadMessage:
+        return None
+    return Order(told, payload) if isinstance(told, TrainRound) and delivery.sender == AGGREGATOR else None

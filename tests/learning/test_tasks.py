@@ -133,10 +133,10 @@ def test_mnist_logreg_of_ten_participants_is_as_good_as_pooled() -> None:
 def test_federated_heart_beats_every_hospital_alone_and_comes_near_pooled() -> None:
     heart = find_task("heart")
     federated, central, alone = [], [], []
-    for seed in range(1, 6):  # the test set differs too: 185 patients are few
+    for seed in range(1, 11):  # ten test sets: one has 185 patients, too few to tell 0.82 from 0.80
         shares = share_out(heart.load(), Plan(4, "natural", seed, 0.2, split_seed=seed))
-        settings = BaselineSettings(20, seed)
-        federated.append(measure(heart, shares, fedavg(heart, shares, 20, seed)))
+        settings = BaselineSettings(10, seed)
+        federated.append(measure(heart, shares, fedavg(heart, shares, 10, seed)))
         central.append(train_central(heart, shares, settings).metrics)
         alone.append([hospital.metrics for hospital in train_local(heart, shares, settings).participants])
     for metric, better in (("accuracy", 1), ("loss", -1)):
@@ -171,8 +171,8 @@ def test_small_tasks_learn_and_beat_training_alone(name: str, metric: str, worst
     definition = find_task(name)
     shares = shared(definition, Plan(10))
     sign = -1 if metric == "rmse" else 1
-    federated = sign * measure(definition, shares, fedavg(definition, shares, rounds=20))[metric]
-    alone = train_local(definition, shares, BaselineSettings(rounds=20)).summary[metric]["mean"]
+    federated = sign * measure(definition, shares, fedavg(definition, shares, rounds=10))[metric]
+    alone = train_local(definition, shares, BaselineSettings(rounds=10)).summary[metric]["mean"]
     assert federated > worst
     assert federated > sign * alone
 

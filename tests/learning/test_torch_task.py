@@ -219,9 +219,10 @@ def test_a_diverging_loss_names_the_learning_rate() -> None:
     task = regression.bind(replace(points(), y=points().x[:, 1]))
     with pytest.raises(TaskError, match=r"train\.lr = 100: lower train\.lr \(try 10\)"):
         task.train(task.initial(), config(lr=100.0, local_epochs=100))
-    with pytest.raises(TaskError, match=r"weight is not finite with train\.lr = 1e\+39"):  # in the last step
-        task.train(task.initial(), config(lr=1e39, max_steps=1))
-    broken = {name: np.full_like(array, np.nan) for name, array in task.initial().items()}
+    large = replace(TOY, loss=lambda outputs, _: outputs.mean()).bind(replace(points(), x=np.full((60, 4), 1e36)))
+    with pytest.raises(TaskError, match=r"weight is not finite with train\.lr = 1000"):  # after the last step
+        large.train(large.initial(), config(lr=1e3, max_steps=1))
+    broken = {name: np.full_like(array, np.nan) for name, array in TOY.bind().initial().items()}
     with pytest.raises(TaskError, match="loss not finite"):
         TOY.bind(held_out=points()).evaluate(broken)
 
@@ -263,8 +264,14 @@ def test_foreign_arrays_are_refused(change: type, message: str) -> None:
 
 def test_a_model_that_does_not_fit_the_data_is_named() -> None:
     task = replace(TOY, model=lambda: nn.Linear(5, 2)).bind(points())
-    with pytest.raises(TaskError, match=r"task 'toy': model or loss failed on inputs \(8, 4\)"):
+    with pytest.raises(TaskError, match=r"task 'toy': model, loss or metric failed on inputs \(8, 4\)"):
         task.train(task.initial(), config())
+    wrong = replace(TOY, metric="rmse").bind(points(), points())
+    with pytest.raises(TaskError, match=r"metric failed on inputs \(60, 4\).*shape"):
+        wrong.evaluate(wrong.initial())
+    vector = replace(TOY, loss=lambda outputs, _: outputs[:, 0]).bind(points())
+    with pytest.raises(TaskError, match=r"must be a scalar: return its mean"):
+        vector.train(vector.initial(), config())
 
 
 def test_tensors_without_a_numpy_type_are_refused() -> None:
@@ -284,13 +291,13 @@ def test_settings_are_checked() -> None:
         ({"learning_rate": 1.0}, r"train\.learning_rate is unknown.*there are lr, batch_size"),
         ({"batchsize": 1}, r"did you mean train\.batch_size\?"),
         ({"lr": 0.0}, r"train\.lr = 0\.0 must be above 0"),
-        ({"lr": float("inf")}, r"train\.lr = inf"),
+        ({"lr": float("inf")}, r"train\.lr = inf must be above 0 and at most 1e\+06"),
         ({"lr": "0.1"}, "is not a number"),
         ({"lr": True}, "is not a number"),
         ({"batch_size": 2.5}, "is not a whole number"),
         ({"local_epochs": 0}, "must be 1 or more"),
         ({"momentum": 1.0}, r"must be in \[0, 1\)"),
-        ({"l2": float("nan")}, "must be 0 or more"),
+        ({"l2": float("nan")}, r"must be 0 to 1e\+06"),
     ]:
         with pytest.raises(ConfigError, match=message):
             recipe(settings_)  # type: ignore[arg-type]

@@ -1,0 +1,59 @@
+"""What comes next: pure decisions about opening rounds, from the record, who is live, and the time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from aggregator.progress import evaluation_due, why_finished
+from aggregator.registry import sample
+from aggregator.round import deadline_s
+from aggregator.settings import RunSettings
+from broker.head import HeadRecord, OpenRound
+
+Live = Sequence[str]
+
+
+def enough(record: HeadRecord, live: Live, settings: RunSettings, waited_s: float) -> bool:
+    """Whether a round can open. The first waits for everybody expected, but not longer than a deadline."""
+    rounds = settings.round
+    if record.task == 0 and waited_s < rounds.deadline_s:
+        return len(live) >= rounds.participants
+    return len(live) >= max(1, rounds.quorum or rounds.target)
+
+
+def opened(
+    record: HeadRecord, work: Literal["train", "evaluate"], live: Live, settings: RunSettings, now: float
+) -> HeadRecord:
+    """The record with the next task, for a cohort of those who live."""
+    number = record.round + 1 if work == "train" else record.round
+    task, sha256 = record.task + 1, record.model.sha256 if record.model else ""
+    opening = OpenRound(
+        work=work,
+        round=number,
+        attempt=1,
+        task=task,
+        epoch=record.epoch,
+        cohort=sample(live, settings.round.most_asked, settings.seed, number),
+        opened=now,
+        deadline=now + deadline_s(settings.round, 1),
+    )
+    remembered = 2 * settings.round.staleness_max + 4  # evaluations are tasks too
+    lineage = (*record.lineage, (task, record.version, sha256))[-remembered:]
+    return record.with_(open=opening, task=task, lineage=lineage)
+
+
+def continued(record: HeadRecord, work: str, live: Live, settings: RunSettings, now: float) -> HeadRecord:
+    """After a closed round: the evaluation of its version, the end, the next round, or a wait for participants."""
+    if work == "train" and live and evaluation_due(settings, "federated", record.round):
+        return opened(record, "evaluate", live, settings, now)
+    if why := why_finished(record, settings, now):
+        return record.with_(finished=why)
+    ready = enough(record, live, settings, waited_s=settings.round.deadline_s)
+    return opened(record, "train", live, settings, now) if ready else record
+
+
+def has_room(opening: OpenRound, participant: str, settings: RunSettings) -> bool:
+    """Whether one who comes in the middle of a round can still be asked."""
+    free = len(opening.cohort) < settings.round.most_asked
+    return opening.work == "train" and free and participant not in opening.cohort

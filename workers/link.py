@@ -1,0 +1,129 @@
+"""A worker's way to the broker: connected whenever the broker can be reached, and silent about it otherwise."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from broker.errors import ConnectionLost, TransportError
+from broker.messages import FromParticipant, Where
+from broker.payloads import Address, Assembly, collect, upload, verify
+from broker.retry import Backoff, publish
+from broker.tensors import Buffer
+from broker.topology import AGGREGATOR, CHUNK, Topology
+from broker.transport import Broker, Delivery, Inbox, Transport
+from broker.wire import encode
+from workers.journal import Held
+from workers.trainer import Sizes
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """Waits and sizes. `lag_s` adds seconds to a training that took so many: to study slow machines."""
+
+    heartbeat_s: float = 10.0
+    patience_s: float = 30.0
+    retry_s: float = 10.0  # at the most, between attempts to connect
+    sizes: Sizes = field(default_factory=Sizes)
+    lag_s: Callable[[float], float] = lambda trained_s: 0.0  # noqa: ARG005
+
+
+class Listener(Protocol):
+    """What the link calls, one call at a time."""
+
+    async def on_connected(self) -> None: ...
+
+    async def on_delivery(self, delivery: Delivery) -> None: ...
+
+    async def on_heartbeat(self) -> None: ...
+
+
+class Link:
+    """One connection to consume and one to publish, made again whenever either is lost.
+
+    While there is none, everything that needs one raises ConnectionLost at once.
+    """
+
+    def __init__(self, participant: str, broker: Broker, topology: Topology, settings: WorkerSettings) -> None:
+        self.participant = participant
+        self._broker, self._topology, self._settings = broker, topology, settings
+        self._backoff = Backoff(settings.retry_s)
+        self._reader: Transport | None = None
+        self._writer: Transport | None = None
+
+    async def run(self, listener: Listener) -> None:
+        """Connects, listens, sends heartbeats, and begins again when the connection is lost; for ever."""
+        while True:
+            try:
+                await self._converse(listener)
+            except TransportError as lost:
+                pause_s = self._backoff.next_s()
+                log.warning(
+                    "not_connected", participant=self.participant, reason=str(lost), next_try_s=round(pause_s, 2)
+                )
+                await asyncio.sleep(pause_s)
+
+    async def send(self, message: FromParticipant, payload: Buffer = b"") -> None:
+        """Publishes one message and returns once it is confirmed. Raises TransportError."""
+        key = f"{self.participant}.{message.kind}"
+        await publish(_connected(self._writer), self._topology.up, key, encode(message, payload))
+
+    async def deliver(self, held: Held) -> None:
+        """Publishes an update: its chunks first, so that whoever reads of it finds them all."""
+        body = held.update.body
+        if body is not None and body.where == "stream":
+            outbox = Address(self._topology.up, f"{self.participant}.{CHUNK}")
+            await upload(_connected(self._writer), outbox, body, held.blob)
+        await self.send(held.update, held.blob if body is not None and body.where == "inline" else b"")
+
+    async def fetch(self, where: Where, payload: memoryview) -> Buffer:
+        """The bytes of a global model. Raises TransportError, or BadMessage if they are not there or damaged."""
+        blob: Buffer = payload
+        if where.where == "stream":
+            blob = await asyncio.to_thread(bytearray, where.size_bytes)
+            stream = await _connected(self._reader).read(where.stream, offset=where.first_offset)
+            assembly = Assembly.into(blob, where, AGGREGATOR)
+            await collect(stream, assembly, end=None, patience_s=self._settings.patience_s)
+            await stream.close()
+        await verify(blob, where)
+        return blob
+
+    async def _converse(self, listener: Listener) -> None:
+        reader = await self._broker.connect(self.participant, purpose="consume")
+        try:
+            writer = await self._broker.connect(self.participant, purpose="publish")
+            try:
+                await reader.declare(*self._topology.inbox_declarations(self.participant))
+                inbox = await reader.consume(self._topology.inbox(self.participant), prefetch=1)
+                self._reader, self._writer = reader, writer
+                await listener.on_connected()
+                self._backoff.reset()
+                await self._listen(inbox, listener)
+            finally:
+                self._reader = self._writer = None
+                await writer.close()
+        finally:
+            await reader.close()
+
+    async def _listen(self, inbox: Inbox, listener: Listener) -> None:
+        clock = asyncio.get_running_loop().time
+        next_beat = clock() + self._settings.heartbeat_s
+        while True:
+            delivery = await inbox.get(max(0.0, next_beat - clock()))
+            if delivery is not None:
+                await listener.on_delivery(delivery)
+            elif clock() >= next_beat:
+                await listener.on_heartbeat()
+                next_beat = clock() + self._settings.heartbeat_s
+
+
+def _connected(transport: Transport | None) -> Transport:
+    if transport is None:
+        raise ConnectionLost("not connected now: this is tried again once it is")
+    return transport
