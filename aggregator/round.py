@@ -75,15 +75,17 @@ class Round:
         return Step.CLOSE if enough else Step.EXTEND
 
     def extended(self, now: float, live: Collection[str], reserves: Sequence[str]) -> OpenRound:
-        """The next attempt: whoever vanished makes room for live `reserves`; who delivered stays."""
-        kept = [p for p in self.open.cohort if p in self.accepted or p in live] or list(self.open.cohort)
-        room = max(len(self.open.cohort), self.quorum) - len(kept)
-        fresh = [p for p in reserves if p not in kept][: max(0, room)]
+        """The next attempt: who vanished or failed makes room for live `reserves`; who delivered stays."""
+        cohort = self.open.cohort
+        kept = [p for p in cohort if p in self.accepted or (p in live and p not in self.failed)]
+        fresh = [p for p in reserves if p not in cohort] + [p for p in cohort if p in self.failed and p in live]
+        room = max(len(cohort), self.quorum) - len(kept)
+        asked = [*kept, *fresh[: max(0, room)]] or cohort
         attempt = self.open.attempt + 1
         return self.open.model_copy(
             update={
                 "attempt": attempt,
-                "cohort": tuple(sorted([*kept, *fresh])),
+                "cohort": tuple(sorted(asked)),
                 "deadline": now + deadline_s(self.settings, attempt),
             }
         )

@@ -12,6 +12,7 @@ import structlog
 from aggregator.archive import Archive
 from aggregator.lead import Lead
 from aggregator.models import Models
+from aggregator.progress import why_finished
 from aggregator.settings import RunSettings
 from broker import tensors
 from broker.errors import ConfigError, LeadershipLost, StateError
@@ -88,7 +89,7 @@ class Takeover:
                 f"federation {self._topology.federation!r} is in run {old.run_id!r} (after round {old.round}, "
                 f"unfinished): wait for it, go on with it under that id, or give it up with --abandon {old.run_id}"
             )
-        first, blob = await self._saved() or await self._fresh(now)
+        first, blob = await self._saved(now) or await self._fresh(now)
         where = await self._models.put(run_id, blob)
         epoch = max(old.epoch, first.epoch + 1)  # above what workers have seen of this run
         first = first.with_(
@@ -98,7 +99,7 @@ class Takeover:
         log.info("run_began", run_id=run_id, version=first.version, model_bytes=len(blob))
         return blob
 
-    async def _saved(self) -> tuple[HeadRecord, tensors.Buffer] | None:
+    async def _saved(self, now: float) -> tuple[HeadRecord, tensors.Buffer] | None:
         saved = await self._archive.newest()
         if saved is None or saved.model is None or self._job.fresh:
             return None
@@ -108,7 +109,8 @@ class Takeover:
                 "of it: go on with them (--from-checkpoint, for simulate --resume), or begin again with --fresh"
             )
         blob = await self._archive.load(saved.model.sha256)
-        return None if blob is None else (saved, blob)
+        over = why_finished(saved, self._job.settings, now) if saved.version else ""  # perhaps it may now go on
+        return None if blob is None else (saved.with_(finished=over), blob)
 
     async def _fresh(self, now: float) -> tuple[HeadRecord, tensors.Buffer]:
         blob = await asyncio.to_thread(lambda: tensors.encode(self._job.initial()))

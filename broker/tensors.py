@@ -25,18 +25,19 @@ MAX_MANIFEST_BYTES = 16 << 20
 MAX_TENSORS = 100_000
 MAX_NAME = 200
 MAX_DIMENSIONS = 8
-DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {  # in the order in which safetensors writes tensors
+    "I64": np.dtype("<i8"),
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
+    "F16": np.dtype("<f2"),
     "I16": np.dtype("<i2"),
     "I8": np.dtype("<i1"),
     "U8": np.dtype("<u1"),
     "BOOL": np.dtype("?"),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+PLACES = {dtype: place for place, dtype in enumerate(CODES)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,11 @@ def encode(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 
 def encode_buffers(arrays: Mapping[str, NDArray[Any]]) -> list[Buffer]:
     """What `encode` joins: the manifest and a view of each contiguous array, without copying values."""
-    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    flat = {name: _little_endian(name, array) for name, array in arrays.items()}
     manifest: dict[str, Any] = {}
     values: list[Buffer] = []
     begin = 0
-    for name in names:
-        array = _little_endian(name, arrays[name])
+    for name, array in sorted(flat.items(), key=lambda item: (PLACES[item[1].dtype], item[0])):
         end = begin + array.nbytes
         manifest[name] = {
             "dtype": CODES[array.dtype],
@@ -133,7 +133,7 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _spec(name: str, entry: Any, data_begin: int) -> TensorSpec:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)], **rest} if (
-            not rest
+            not rest and type(begin) is type(end) is int  # a boolean is no number
         ):
             pass
         case _:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from broker.errors import FluffleError
     from broker.memory import MemoryBroker
     from broker.topology import Topology
-    from fluffle.face import Result, simulate
+    from fluffle.face import Result, resume, simulate
     from workers.data import Dataset
     from workers.preprocess import Preprocess, Reference
     from workers.task import Evaluation, LearningTask, TrainConfig, TrainResult
@@ -40,6 +40,7 @@ __all__ = [
     "TrainResult",
     "Worker",
     "find_task",
+    "resume",
     "simulate",
 ]
 
@@ -61,6 +62,7 @@ _HOMES = {
     "TrainResult": "workers.task",
     "Worker": "workers.worker",
     "find_task": "workers.tasks",
+    "resume": "fluffle.face",
     "simulate": "fluffle.face",
 }
 

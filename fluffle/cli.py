@@ -246,10 +246,12 @@ def baseline(asked: Asked, json_target: str | None, *, alone: bool) -> None:
     from fluffle.learning import shares_of
     from fluffle.results import central_result, local_result
     from fluffle.text import baseline_summary
+    from workers.modules import use_one_thread
     from workers.tasks import find_task
 
     check_target(json_target)
     asked.configure_logs()
+    use_one_thread()
     config = asked.config()
     definition = find_task(config.task)
     shares = shares_of(config, definition)
@@ -446,5 +448,6 @@ def emit(result: Mapping[str, Any], text: str, json_target: str | None) -> None:
 
 
 def main() -> None:
-    """The entry point of the command."""
+    """The entry point of the command. A user's own task is found in the current directory, too."""
+    sys.path.insert(0, os.getcwd())
     cli(prog_name="fluffle")

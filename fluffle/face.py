@@ -1,4 +1,4 @@
-"""`simulate` for programs: what the command does, as one call."""
+"""What the command `simulate` does, for programs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from broker.messages import Scalar
 from broker.tensors import Arrays
-from fluffle.config import from_values, load_config
+from fluffle.config import Config, from_values, load_config
 from fluffle.display import LogDisplay
 from fluffle.finish import finish
+from fluffle.layers import from_toml
 from fluffle.learning import load_model, task_defaults
 from fluffle.rundir import RunDir
 from fluffle.simulation import run_simulation
@@ -33,8 +34,22 @@ def simulate(task: str, settings: dict[str, Scalar] | None = None) -> Result:
     Raises FluffleError.
     """
     config = load_config(from_values({"task": task, **(settings or {})}), defaults=task_defaults)
+    return _run(config, resume=False)
+
+
+def resume(directory: Path | str, settings: dict[str, Scalar] | None = None) -> Result:
+    """Goes on with the run in `directory`, from its newest checkpoint, with these settings changed.
+
+    Raises FluffleError.
+    """
+    begun = from_toml(RunDir(Path(directory)).config_file)
+    layers = (begun, from_values({"run.dir": str(directory), **(settings or {})}))
+    return _run(load_config(*layers, defaults=task_defaults), resume=True)
+
+
+def _run(config: Config, *, resume: bool) -> Result:
     run = RunDir(config.run_dir)
-    run.begin(config, resume=False)
+    run.begin(config, resume=resume)
     with LogDisplay() as display:
         outcome = asyncio.run(run_simulation(config, display))
     summary = finish(run, config, outcome.record, outcome.wall_s)

@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from aggregator.daemon import Aggregator, Surroundings
 from aggregator.takeover import Job
 from broker.errors import ConfigError
@@ -24,6 +22,7 @@ from fluffle.display import Display
 from fluffle.learning import shares_of
 from workers.journal import MemoryJournal
 from workers.link import WorkerSettings
+from workers.modules import use_one_thread
 from workers.partition import Shard, Shares
 from workers.tasks import find_task
 from workers.torch_task import TaskDefinition
@@ -49,14 +48,15 @@ async def run_simulation(config: Config, display: Display) -> Outcome:
             f"broker.url = {config.broker.url.split('@')[-1]!r}: simulations run on the embedded broker only: "
             "use --broker memory"
         )
-    torch.set_num_threads(1)
+    use_one_thread()
     definition = find_task(config.task)
     shares = await asyncio.to_thread(shares_of, config, definition)
     topology = Topology(config.run.federation)
     broker = MemoryBroker(topology.access)
     await _set_up(broker, topology)
     began = time.monotonic()
-    with ThreadPoolExecutor(1, "train") as thread:
+    thread = ThreadPoolExecutor(1, "train")
+    try:
         async with asyncio.TaskGroup() as group:
             workers = [_worker(config, definition, shard, broker, thread) for shard in shares.shards]
             for worker in workers:
@@ -64,6 +64,8 @@ async def run_simulation(config: Config, display: Display) -> Outcome:
             record = await _aggregator(config, definition, shares, broker, display).run()
             for worker in workers:
                 worker.stop()
+    finally:
+        await asyncio.to_thread(thread.shutdown)
     return Outcome(record, time.monotonic() - began)
 
 

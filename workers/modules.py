@@ -13,6 +13,11 @@ from broker.errors import TaskError
 from workers.task import Arrays
 
 
+def use_one_thread() -> None:
+    """From now on torch computes with one thread in this process: with several, the bits of sums may differ."""
+    torch.set_num_threads(1)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """torch's CPU generator under this seed inside, as it was before outside."""

@@ -199,8 +199,8 @@ class TorchTask:
             yield
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise TaskError(
-                f"task {self.name!r}: model, loss or metric failed on inputs {tuple(x.shape)} {x.dtype} and targets "
-                f"{tuple(y.shape)} {y.dtype}: {error}"
+                f"task {self.name!r}: model, loss or metric failed on inputs {tuple(x.shape)} {x.dtype} and "
+                f"targets {tuple(y.shape)} {y.dtype}: {error}"
             ) from error
 
     def _measure(self, rows: Rows) -> dict[str, float]:

@@ -1,0 +1,48 @@
+# The verbs: demo test lint docs bench. `make install` is done by the others when it is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format docs clean
+
+help:  ## show this
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## the environment in .venv, with the pinned versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Fluffle needs Python 3.11 or newer: set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@# torch first and exact: a range makes pip choose the newest build with gigabytes of GPU libraries
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep -E '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: install  ## real federated training: MNIST, ten participants with two digits each
+	$(BIN)/fluffle simulate mnist-logreg --participants 10 --partition shards:2 --rounds 20
+
+test: install  ## all quick tests
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+
+test-all: install  ## the slow ones too
+	$(BIN)/pytest -n 2 --dist loadfile
+
+lint: install  ## formatting, lint, strict types, import walls
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install  ## put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: install  ## write the generated pages anew and check all of them
+	$(BIN)/python docs/generate.py
+	$(BIN)/pytest -q tests/docs
+
+clean:  ## remove what the tools left behind (not runs/)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

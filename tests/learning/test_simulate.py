@@ -1,0 +1,104 @@
+"""Federated training through aggregator, broker and workers, against what it must equal or come near to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pytest
+import torch
+
+from broker.messages import Scalar
+from broker.tensors import Arrays
+from fluffle import Result, find_task, resume, simulate
+from fluffle.baselines import BaselineSettings, train_central, train_local
+from fluffle.learning import load_data
+from workers.partition import Plan, share_out
+
+
+def run(task: str, directory: Path, **settings: Scalar) -> Result:
+    """A simulation; `train__lr=0.1` sets train.lr."""
+    dotted = {name.replace("__", "."): value for name, value in settings.items()}
+    return simulate(task, {"run.dir": str(directory), **dotted})
+
+
+def test_mnist_comes_within_two_points_of_pooled_training(tmp_path: Path) -> None:
+    result = run("mnist-logreg", tmp_path / "run", round__participants=10, stop__rounds=20)
+    definition = find_task("mnist-logreg")
+    shares = share_out(load_data(definition), Plan(10))
+    pooled = train_central(definition, shares, BaselineSettings(20))
+    assert result.summary["metrics"]["accuracy"] > pooled.metrics["accuracy"] - 0.02
+    assert result.summary["updates"] == {"accepted": 200, "late": 0, "rejected": 0, "duplicate": 0}
+    assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
+
+
+def test_heart_beats_every_hospital_alone_and_is_near_the_pooled_model(tmp_path: Path) -> None:
+    definition, seeds, rounds = find_task("heart"), range(1, 7), 10
+    federated, pooled, alone = [], [], []
+    for seed in seeds:
+        shares = share_out(load_data(definition), Plan(4, "natural", seed))
+        settings = BaselineSettings(rounds, seed)
+        found = run("heart", tmp_path / f"{seed}", run__seed=seed, stop__rounds=rounds).summary["metrics"]
+        federated.append(found["loss"])
+        pooled.append(train_central(definition, shares, settings).metrics["loss"])
+        alone.append([p.metrics["loss"] for p in train_local(definition, shares, settings).participants])
+        assert found["accuracy"] >= fmean(
+            p.metrics["accuracy"] for p in train_local(definition, shares, settings).participants
+        )
+    for hospital in zip(*alone, strict=True):
+        assert fmean(federated) < fmean(hospital)
+    assert fmean(federated) < fmean(pooled) + 0.02
+
+
+def test_diabetes_trains_with_the_squared_error(tmp_path: Path) -> None:
+    history = run("diabetes", tmp_path / "run", round__participants=5, stop__rounds=15).summary["history"]
+    assert history[-1]["metrics"]["rmse"] < min(62.0, history[0]["metrics"]["rmse"])
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet:0.5"])
+def test_fedsgd_on_full_batches_is_gradient_descent_step_by_step(tmp_path: Path, partition: str) -> None:
+    rounds, lr = 8, 0.5
+    result = run(
+        "digits", tmp_path / "run", round__participants=6, stop__rounds=rounds, strategy__name="fedsgd",
+        strategy__server_lr=lr, train__batch_size=0, train__l2=0.0, data__partition=partition,
+    )  # fmt: skip
+    arrays, losses = gradient_descent(rounds, lr)
+    for name, expected in arrays.items():
+        np.testing.assert_allclose(result.arrays[name], expected, atol=2e-6)
+    told = [row["metrics"]["train_loss"] for row in result.summary["history"]]
+    np.testing.assert_allclose(told, losses, rtol=1e-5)
+
+
+def gradient_descent(steps: int, lr: float) -> tuple[Arrays, list[float]]:
+    """Plain torch on all training data of `digits`: the arrays after, and the loss before each step."""
+    definition = find_task("digits")
+    task = definition.bind(share_out(load_data(definition), Plan(6)).train)
+    x, y = task._rows.x, task._rows.y
+    module = definition.model()
+    module.load_state_dict({name: torch.from_numpy(value) for name, value in task.initial().items()})
+    losses = []
+    for _ in range(steps):
+        loss = torch.nn.functional.cross_entropy(module(x), y)
+        gradients = torch.autograd.grad(loss, list(module.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+                parameter -= lr * gradient
+        losses.append(loss.item())
+    return {name: value.numpy() for name, value in module.state_dict().items()}, losses
+
+
+def test_equal_seeds_give_equal_bits_and_other_seeds_others(tmp_path: Path) -> None:
+    digests = [
+        run("digits", tmp_path / f"{i}", stop__rounds=2, run__seed=seed).summary["model_sha256"]
+        for i, seed in enumerate((1, 1, 2))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
+    whole = run("digits", tmp_path / "whole", stop__rounds=4)
+    run("digits", tmp_path / "cut", stop__rounds=2)
+    resumed = resume(tmp_path / "cut", {"stop.rounds": 4})
+    assert resumed.summary["model_sha256"] == whole.summary["model_sha256"]
+    assert [row["round"] for row in resumed.summary["history"]] == [1, 2, 3, 4]
