@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from aggregator.history import History
+from aggregator.settings import RunSettings
 from broker.errors import BadMessage
-from broker.faults import Fault, FaultAt, Faults, FaultyBroker, NoFaults
+from broker.faults import Fault, FaultAt, Faults, FaultyBroker, NoFaults, Operation
 from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
 from broker.messages import UpdateReady
@@ -34,9 +35,15 @@ class Outcome:
     published: list[int]  # offsets of everything that is an update
 
 
-async def run_with(faults: Faults, directory: Path, run=RUN, worker_faults: Faults | None = None) -> Outcome:
+async def run_with(
+    faults: Faults,
+    directory: Path,
+    run: RunSettings = RUN,
+    worker_faults: Faults | None = None,
+    memory: MemoryBroker | None = None,
+) -> Outcome:
     """One run with a leader and a standby behind `faults`; every wait of it ends within a minute."""
-    memory = MemoryBroker(Topology("default").access)
+    memory = memory or MemoryBroker(Topology("default").access)
     federation = Federation(memory, directory, names(PARTICIPANTS), size=600)
     federation.heartbeat_s = 0.2
     if worker_faults is not None:
@@ -49,8 +56,12 @@ async def run_with(faults: Faults, directory: Path, run=RUN, worker_faults: Faul
             task.cancel()
         head = done.pop().result()
     published = await offsets_of_updates(memory)
+    return Outcome(head, await asyncio.to_thread(ledger, directory), published)
+
+
+def ledger(directory: Path) -> list[Decision]:
     with History(directory / "history.sqlite") as history:
-        return Outcome(head, history.ledger("run-1"), published)
+        return history.ledger("run-1")
 
 
 async def offsets_of_updates(broker: MemoryBroker) -> list[int]:
@@ -82,17 +93,64 @@ def check(outcome: Outcome, undisturbed: Outcome) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, NoFaults]:
     watch = NoFaults()
-    return asyncio.run(run_with(watch, tmp_path_factory.mktemp("undisturbed"))), watch
+    return asyncio.run(run_with(watch, tmp_path_factory.mktemp("undisturbed"), LARGE)), watch
 
 
-@pytest.mark.parametrize("purpose", ["lead", "publish"])
 @pytest.mark.timeout(600)
-async def test_a_cut_at_every_operation_changes_nothing(undisturbed, purpose: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("purpose", ["lead", "publish"])
+@pytest.mark.parametrize("part", range(4))
+async def test_a_cut_at_every_operation_changes_nothing(
+    undisturbed: tuple[Outcome, NoFaults], purpose: str, part: int, tmp_path: Path
+) -> None:
     quiet, watch = undisturbed
     operations = watch.count(AGGREGATOR, purpose)
-    assert operations > 50
-    for index in range(operations):
+    assert operations > 70
+    for index in range(part, operations, 4):
         fault = FaultAt(AGGREGATOR, purpose, index, Fault("disconnect"))
-        outcome = await run_with(fault, tmp_path / f"{index}")
-        check(outcome, quiet)
+        check(await run_with(fault, tmp_path / f"{index}", LARGE), quiet)
         assert fault.struck
+
+
+@pytest.mark.timeout(600)
+async def test_a_lost_confirm_or_publish_at_any_point_changes_nothing(
+    undisturbed: tuple[Outcome, NoFaults], tmp_path: Path
+) -> None:
+    quiet, watch = undisturbed
+    for index in (o.index for o in watch.operations if (o.name, o.purpose) == ("publish", "publish")):
+        fault = FaultAt(AGGREGATOR, "publish", index, Fault("fail_publish"))
+        check(await run_with(fault, tmp_path / f"{index}", LARGE), quiet)
+
+
+class Freeze:
+    """Stops the leader just before its n-th publish of a head record, for longer than it takes to be replaced.
+
+    Its lead connection is lost meanwhile, its publishing connection is not: so it wakes up and publishes.
+    """
+
+    def __init__(self, memory: MemoryBroker, nth: int, seconds: float = 0.5) -> None:
+        self._memory, self._nth, self._seconds = memory, nth, seconds
+        self.woken: list[Operation] = []
+
+    def __call__(self, operation: Operation) -> Fault | None:
+        if operation.purpose != "publish" or operation.name != "publish" or not operation.target.endswith(".head"):
+            return None
+        if operation.when == "after" and self.woken:
+            self.woken.append(operation)
+        self._nth -= operation.when == "before"
+        if self._nth != 0 or operation.when == "after":
+            return None
+        next(c for c in self._memory.connections if (c.user, c.purpose) == (AGGREGATOR, "lead")).abort()
+        self.woken.append(operation)
+        return Fault("delay", self._seconds)
+
+
+@pytest.mark.parametrize("nth", range(3, 9))
+async def test_a_former_leader_that_wakes_up_changes_nothing(
+    undisturbed: tuple[Outcome, NoFaults], nth: int, tmp_path: Path
+) -> None:
+    quiet, _ = undisturbed
+    memory = MemoryBroker(Topology("default").access)
+    freeze = Freeze(memory, nth)
+    outcome = await run_with(freeze, tmp_path, LARGE, memory=memory)
+    check(outcome, quiet)
+    assert len(freeze.woken) >= 2
