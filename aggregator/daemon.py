@@ -48,7 +48,7 @@ from broker.offload import off_loop
 from broker.retry import Backoff, publish
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
-from broker.wire import decode, encode
+from broker.wire import FROM_PARTICIPANT, decode, encode
 
 log = structlog.get_logger(__name__)
 
@@ -187,7 +187,7 @@ class Term:
         self.bytes_up += len(delivery.body)
         message: Message | None = None
         try:
-            message, payload = decode(delivery.body)
+            message, payload = decode(delivery.body, FROM_PARTICIPANT)
             if not (isinstance(message, Barrier) and delivery.sender == AGGREGATOR):
                 await self._handle(check_sender(message, delivery), payload, delivery.offset)
         except BadMessage as bad:

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from broker.errors import BadMessage
-from broker.messages import Barrier, Chunk, Where
+from broker.messages import Barrier, Chunk, Message, Where
 from broker.offload import off_loop
 from broker.retry import publish
 from broker.tensors import Buffer
-from broker.transport import Inbox, Transport
-from broker.wire import decode, encode
+from broker.transport import Delivery, Inbox, Transport
+from broker.wire import FROM_PARTICIPANT, decode, encode
 
 WINDOW = 4  # chunks in flight: more gains nothing and costs repeats after a cut
 
@@ -96,14 +96,22 @@ async def collect(inbox: Inbox, assembly: Assembly, *, end: Barrier | None, pati
     offset = 0
     while assembly.missing:
         delivery = await inbox.get(patience_s)
-        message, data = decode(delivery.body) if delivery else (None, memoryview(b""))
-        if message is None or message == end:
+        message, data = _read(delivery) if delivery else (None, memoryview(b""))
+        if delivery is None or (message is not None and message == end):
             many = f"{len(assembly.missing)} of {assembly.where.chunks}"
             raise BadMessage(f"{many} chunks of {assembly.where.sha256[:12]} are missing")
-        if delivery and delivery.sender == assembly.sender and isinstance(message, Chunk):
+        if delivery.sender == assembly.sender and isinstance(message, Chunk):
             assembly.add(message, data)
             offset = delivery.offset + 1
     return offset
+
+
+def _read(delivery: Delivery) -> tuple[Message | None, memoryview]:
+    """What cannot be read is no piece of anything: another program's, or another version's."""
+    try:
+        return decode(delivery.body, FROM_PARTICIPANT)
+    except BadMessage:
+        return None, memoryview(b"")
 
 
 async def verify(blob: Buffer, where: Where) -> None:

@@ -7,6 +7,7 @@ are never inside msgpack. What `decode` returns is well-formed; whether it is be
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
@@ -42,6 +43,18 @@ KINDS: dict[str, type[Message]] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a header may be, and how many items anything in it may have."""
+
+    header_bytes: int = MAX_HEADER_BYTES
+    items: int = MAX_ITEMS
+
+
+FROM_AGGREGATOR = Limits()  # a line for everybody
+FROM_PARTICIPANT = Limits(header_bytes=64 << 10, items=64)  # nobody makes us unpack much
+
+
 def encode(message: Message, payload: Buffer = b"") -> bytes:
     """One frame. Raises BadMessage if it would exceed what the broker takes."""
     fields = message.model_dump(exclude_defaults=True)
@@ -55,17 +68,17 @@ def encode(message: Message, payload: Buffer = b"") -> bytes:
     return frame
 
 
-def decode(frame: bytes) -> tuple[Message, memoryview]:
-    """The message and a view of its payload. Raises BadMessage; allocates no more than the frame's size."""
-    header, payload = _split(frame)
+def decode(frame: bytes, limits: Limits = FROM_AGGREGATOR) -> tuple[Message, memoryview]:
+    """The message and a view of its payload. Raises BadMessage, before anything beyond `limits` is unpacked."""
+    header, payload = _split(frame, limits)
     try:
         fields = msgpack.unpackb(
             header,
             use_list=False,
-            max_str_len=MAX_HEADER_BYTES,
+            max_str_len=len(header),
             max_bin_len=0,
-            max_array_len=MAX_ITEMS,
-            max_map_len=MAX_ITEMS,
+            max_array_len=min(limits.items, len(header)),  # msgpack makes room for what a length promises
+            max_map_len=limits.items,
             max_ext_len=0,
         )
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
@@ -73,7 +86,7 @@ def decode(frame: bytes) -> tuple[Message, memoryview]:
     return _build(fields), payload
 
 
-def _split(frame: bytes) -> tuple[memoryview, memoryview]:
+def _split(frame: bytes, limits: Limits) -> tuple[memoryview, memoryview]:
     view = memoryview(frame)
     if len(view) > MAX_FRAME_BYTES:
         raise BadMessage(f"frame of {len(view)} bytes is larger than the limit of {MAX_FRAME_BYTES}")
@@ -82,8 +95,8 @@ def _split(frame: bytes) -> tuple[memoryview, memoryview]:
     if view[3] != SCHEMA:
         raise BadMessage(f"schema version {view[3]} is not supported: this side speaks version {SCHEMA}")
     length = int.from_bytes(view[4:8], "little")
-    if length > min(MAX_HEADER_BYTES, len(view) - 8):
-        raise BadMessage(f"header length {length} exceeds the frame or the limit of {MAX_HEADER_BYTES}")
+    if length > min(limits.header_bytes, len(view) - 8):
+        raise BadMessage(f"header length {length} exceeds the frame or the limit of {limits.header_bytes}")
     return view[8 : 8 + length], view[8 + length :]
 
 

@@ -154,3 +154,34 @@ async def test_a_former_leader_that_wakes_up_changes_nothing(
     outcome = await run_with(freeze, tmp_path, LARGE, memory=memory)
     check(outcome, quiet)
     assert len(freeze.woken) >= 2
+
+
+class NoCommits:
+    """Cuts every connection that would publish a head record once the first round is open, until it is `over`."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self.published = 0
+        self.cuts = 0
+
+    def __call__(self, operation: Operation) -> Fault | None:
+        is_record = operation.name == "publish" and operation.target.endswith(".head")
+        if not is_record or operation.when == "after":
+            return None
+        self.published += 1
+        if self.over or self.published <= 6:  # two of genesis, then barrier, claim, first record, round 1 opened
+            return None
+        self.cuts += 1
+        return Fault("disconnect")
+
+
+async def test_no_deadline_fires_before_the_replay_has_read_everything(tmp_path: Path) -> None:
+    """All three answered in time, but no leader could commit until long after the deadline: all three count."""
+    run = settings(PARTICIPANTS, 1, round={"quorum": 1, "deadline_s": 0.5})
+    faults = NoCommits()
+    asyncio.get_running_loop().call_later(1.5, setattr, faults, "over", True)
+    outcome = await run_with(faults, tmp_path, run)
+    assert faults.cuts > 1
+    assert [d.verdict for d in outcome.ledger] == ["counted"] * PARTICIPANTS
+    assert outcome.head.closed
+    assert outcome.head.closed.attempt == 1

@@ -1,0 +1,160 @@
+"""Payloads of any size: pieces that cover exactly, whatever order they come in, and nothing that was not sent."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.errors import BadMessage
+from broker.memory import MemoryBroker
+from broker.messages import Barrier, Chunk, Where
+from broker.payloads import Address, Assembly, collect, describe, piece, upload, verify
+from broker.transport import Stream, Transport
+from broker.wire import encode
+
+BLOB = bytes(range(200)) * 5
+WHERE = describe(BLOB, inline_bytes=0, chunk_bytes=130)
+END = Barrier(nonce="end")
+OUTBOX = Address("", "outbox")
+
+
+@pytest.fixture
+def broker() -> MemoryBroker:
+    return MemoryBroker()
+
+
+@pytest.fixture
+async def sender(broker: MemoryBroker) -> AsyncIterator[Transport]:
+    connection = await broker.connect("p01", purpose="publish")
+    await connection.declare(Stream("outbox", max_bytes=1 << 20, segment_bytes=1 << 20))
+    yield connection
+    await connection.close()
+
+
+def chunks(blob: bytes = BLOB, where: Where = WHERE) -> list[bytes]:
+    """The frames of every piece, in order."""
+    pieces = [blob[piece(where, index)] for index in range(where.chunks)]
+    return [encode(Chunk(of=where.sha256, index=i, crc32=zlib.crc32(p)), p) for i, p in enumerate(pieces)]
+
+
+async def send(sender: Transport, frames: Sequence[bytes]) -> None:
+    for frame in frames:
+        await sender.publish("", "outbox", frame)
+
+
+async def received(reader: Transport, where: Where = WHERE, patience_s: float = 5.0) -> tuple[bytes, int]:
+    """What the stream holds of the payload, up to the barrier; and the offset after what was read."""
+    buffer = bytearray(where.size_bytes)
+    inbox = await reader.read("outbox", offset="first")
+    try:
+        offset = await collect(inbox, Assembly.into(buffer, where, "p01"), end=END, patience_s=patience_s)
+    finally:
+        await inbox.close()
+    return bytes(buffer), offset
+
+
+@given(size=st.integers(0, 5000), inline=st.integers(0, 5000), chunk=st.integers(1, 5000))
+def test_what_is_not_inline_is_cut_into_pieces_that_cover_it_exactly(size: int, inline: int, chunk: int) -> None:
+    blob = b"\x07" * size
+    where = describe(blob, inline, chunk)
+    assert (where.size_bytes, where.sha256) == (size, hashlib.sha256(blob).hexdigest())
+    assert where.where == ("inline" if size <= inline else "stream")
+    if where.where == "stream":
+        lengths = [len(blob[piece(where, index)]) for index in range(where.chunks)]
+        assert where.chunks == -(-size // chunk)
+        assert max(lengths) <= chunk
+
+
+@given(size=st.integers(1, 1 << 40), count=st.integers(1, 300))
+def test_pieces_follow_one_another_whatever_a_header_claims(size: int, count: int) -> None:
+    where = Where(where="stream", size_bytes=size, sha256="a" * 64, chunks=count)
+    pieces = [piece(where, index) for index in range(count)]
+    assert (pieces[0].start, pieces[-1].stop) == (0, size)
+    assert all(one.stop == next_one.start for one, next_one in zip(pieces, pieces[1:], strict=False))
+
+
+async def test_an_uploaded_payload_arrives(sender: Transport) -> None:
+    confirmed: list[int] = []
+    await upload(sender, OUTBOX, WHERE, BLOB, after=confirmed.append)
+    await send(sender, [encode(END)])
+    assert await received(sender) == (BLOB, WHERE.chunks)
+    assert confirmed == [3, 7]
+
+
+@given(order=st.permutations(range(WHERE.chunks)), again=st.lists(st.integers(0, WHERE.chunks - 1), max_size=5))
+def test_pieces_in_any_order_and_again_make_the_payload(order: list[int], again: list[int]) -> None:
+    buffer = bytearray(len(BLOB))
+    assembly = Assembly.into(buffer, WHERE, "p01")
+    for place, index in enumerate([*again, *order]):
+        data = memoryview(BLOB)[piece(WHERE, index)]
+        assembly.add(Chunk(of=WHERE.sha256, index=index, crc32=zlib.crc32(data)), data)
+        assert bool(assembly.missing) == (len({*[*again, *order][: place + 1]}) < WHERE.chunks)
+    assert buffer == BLOB
+
+
+async def test_pieces_come_through_the_stream_in_any_order(sender: Transport) -> None:
+    frames = chunks()
+    await send(sender, [*frames[3:], frames[5], *frames[:3], frames[0], encode(END)])
+    blob, offset = await received(sender)
+    assert (blob, offset) == (BLOB, len(frames) + 1)  # it stops at the last missing piece
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda d: d[:-1], lambda d: d + b"\0", lambda d: b"\xff" + d[1:], lambda d: b""], ids=str
+)
+async def test_a_damaged_piece_is_refused(sender: Transport, damage: object) -> None:
+    data = BLOB[piece(WHERE, 2)]
+    chunk = encode(Chunk(of=WHERE.sha256, index=2, crc32=zlib.crc32(data)), damage(data))  # type: ignore[operator]
+    await send(sender, [chunk, *chunks(), encode(END)])
+    with pytest.raises(BadMessage, match="chunk 2 of .* is damaged"):
+        await received(sender)
+
+
+async def test_pieces_that_miss_at_the_barrier_are_counted(sender: Transport) -> None:
+    await send(sender, [*chunks()[2:], encode(END)])
+    with pytest.raises(BadMessage, match="2 of 8 chunks of .* are missing"):
+        await received(sender)
+
+
+async def test_pieces_that_do_not_come_end_the_wait(sender: Transport) -> None:
+    await send(sender, chunks()[1:])
+    with pytest.raises(BadMessage, match="1 of 8 chunks of .* are missing"):
+        await received(sender, patience_s=0.05)
+
+
+async def test_another_barrier_does_not_end_the_search(sender: Transport) -> None:
+    await send(sender, [encode(Barrier(nonce="a former leader's")), *chunks(), encode(END)])
+    assert (await received(sender))[0] == BLOB
+
+
+async def test_pieces_from_somebody_else_are_not_looked_at(broker: MemoryBroker, sender: Transport) -> None:
+    forged = bytes(len(BLOB))
+    intruder = await broker.connect("p-bad", purpose="publish")
+    data = [forged[piece(WHERE, index)] for index in range(WHERE.chunks)]
+    await send(
+        intruder, [encode(Chunk(of=WHERE.sha256, index=i, crc32=zlib.crc32(d)), d) for i, d in enumerate(data)]
+    )
+    await send(sender, [*chunks(), encode(END)])
+    assert (await received(sender))[0] == BLOB
+
+
+async def test_what_is_no_piece_of_this_payload_is_not_looked_at(sender: Transport) -> None:
+    """Garbage, another version's frames, another payload's pieces, pieces beyond the end."""
+    other = b"x" * len(BLOB)
+    last = encode(Chunk(of=WHERE.sha256, index=WHERE.chunks, crc32=0))
+    noise = [b"garbage", b"FLF\x02" + chunks()[0][4:], *chunks(other, describe(other, 0, 130)), last]
+    await send(sender, [*noise, *chunks(), encode(END)])
+    assert (await received(sender))[0] == BLOB
+
+
+async def test_what_was_put_together_must_have_the_digest() -> None:
+    await verify(BLOB, WHERE)
+    with pytest.raises(BadMessage, match="payload has 999 bytes, its header says 1000"):
+        await verify(BLOB[:-1], WHERE)
+    with pytest.raises(BadMessage, match="does not match its sha256"):
+        await verify(BLOB[::-1], WHERE)
