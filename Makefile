@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(STAMP)
 
-demo: install  ## real federated training: MNIST, ten participants with two digits each
-	$(BIN)/fluffle simulate mnist-logreg --participants 10 --partition shards:2 --rounds 20
+demo: install  ## real federated training: MNIST, ten participants with very different digits
+	$(BIN)/fluffle simulate mnist-2nn --participants 10 --partition dirichlet:0.3 --rounds 20
 
 test: install  ## all quick tests
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile

@@ -197,7 +197,10 @@ class Term:
             await self._announce()
 
     async def _handle(self, message: FromParticipant, payload: memoryview, offset: int) -> None:
-        self.registry.hear(message.participant, self.around.clock())
+        came = self.registry.hear(message.participant, self.around.clock())
+        if came and self.round is None and self.caught_up:
+            live = len(self.registry.live(self.around.clock()))
+            self._note("waiting_for_participants", live=live, expected=self.settings.round.participants)
         match message:
             case UpdateReady():
                 await self._update(message, payload, offset)
@@ -259,9 +262,6 @@ class Term:
         await self.intake.prepare(status.participant, len(self.blob))
         if not self.caught_up:
             return
-        if self.round is None and isinstance(status, Join):
-            live = len(self.registry.live(self.around.clock()))
-            self._note("waiting_for_participants", live=live, expected=self.settings.round.participants)
         if self.round and plan.has_room(self.round.open, status.participant, self.settings):
             cohort = tuple(sorted((*self.round.open.cohort, status.participant)))
             await self._reopen(self.round, self.round.open.model_copy(update={"cohort": cohort}))

@@ -15,9 +15,9 @@ Live = Sequence[str]
 
 
 def enough(record: HeadRecord, live: Live, settings: RunSettings, waited_s: float) -> bool:
-    """Whether a round can open. The first waits for everybody expected, but not longer than a deadline."""
+    """Whether a round can open. If nobody was there yet, it waits for everybody expected, at most a deadline."""
     rounds = settings.round
-    if record.task == 0 and waited_s < rounds.deadline_s:
+    if not record.members and waited_s < rounds.deadline_s:
         return len(live) >= rounds.participants
     return len(live) >= max(1, rounds.quorum or rounds.target)
 

@@ -93,7 +93,14 @@ class Takeover:
         where = await self._models.put(run_id, blob)
         epoch = max(old.epoch, first.epoch + 1)  # above what workers have seen of this run
         first = first.with_(
-            epoch=epoch, seq=old.seq + 1, model=where, updates_from=end, open=None, closed=None, decided=()
+            epoch=epoch,
+            seq=old.seq + 1,
+            model=where,
+            updates_from=end,
+            open=None,
+            closed=None,
+            decided=(),
+            members=(),
         )
         await commit(self._lead, first, blob)
         log.info("run_began", run_id=run_id, version=first.version, model_bytes=len(blob))

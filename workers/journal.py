@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -89,10 +91,14 @@ class FileJournal:
         await asyncio.to_thread(self._save_held, held)
 
     async def drop_held(self) -> None:
-        await asyncio.to_thread(self._update.unlink, missing_ok=True)
+        await asyncio.to_thread(self._drop_held)
+
+    def _drop_held(self) -> None:
+        with _writing(self._update):
+            self._update.unlink(missing_ok=True)
 
     def _save_held(self, held: Held) -> None:
-        self._update.unlink(missing_ok=True)  # never a header that names another update's body
+        self._drop_held()  # never a header that names another update's body
         _replace(self._body, held.blob)
         _replace(self._update, encode(held.update))
 
@@ -136,14 +142,15 @@ def _read(path: Path) -> bytes | None:
 
 
 def _set_aside(path: Path, why: str) -> None:
-    path.replace(path.with_suffix(".damaged"))
+    with _writing(path):
+        path.replace(path.with_suffix(".damaged"))
     log.error("journal_damaged", file=str(path), reason=why, moved_to=str(path.with_suffix(".damaged")))
 
 
 def _replace(path: Path, content: Buffer) -> None:
     """Writes beside, syncs, renames, syncs the directory: after a power loss it is the old or the new."""
     beside = path.with_suffix(".new")
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
             file.write(content)
@@ -155,6 +162,12 @@ def _replace(path: Path, content: Buffer) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StateError(
             f"{path}: the journal cannot be written ({error}): free space or check permissions"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import AsyncIterator, Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -75,7 +76,7 @@ def test_pieces_follow_one_another_whatever_a_header_claims(size: int, count: in
     where = Where(where="stream", size_bytes=size, sha256="a" * 64, chunks=count)
     pieces = [piece(where, index) for index in range(count)]
     assert (pieces[0].start, pieces[-1].stop) == (0, size)
-    assert all(one.stop == next_one.start for one, next_one in zip(pieces, pieces[1:], strict=False))
+    assert all(one.stop == next_one.start for one, next_one in pairwise(pieces))
 
 
 async def test_an_uploaded_payload_arrives(sender: Transport) -> None:
@@ -111,19 +112,19 @@ async def test_a_damaged_piece_is_refused(sender: Transport, damage: object) -> 
     data = BLOB[piece(WHERE, 2)]
     chunk = encode(Chunk(of=WHERE.sha256, index=2, crc32=zlib.crc32(data)), damage(data))  # type: ignore[operator]
     await send(sender, [chunk, *chunks(), encode(END)])
-    with pytest.raises(BadMessage, match="chunk 2 of .* is damaged"):
+    with pytest.raises(BadMessage, match=r"chunk 2 of .* is damaged"):
         await received(sender)
 
 
 async def test_pieces_that_miss_at_the_barrier_are_counted(sender: Transport) -> None:
     await send(sender, [*chunks()[2:], encode(END)])
-    with pytest.raises(BadMessage, match="2 of 8 chunks of .* are missing"):
+    with pytest.raises(BadMessage, match=r"2 of 8 chunks of .* are missing"):
         await received(sender)
 
 
 async def test_pieces_that_do_not_come_end_the_wait(sender: Transport) -> None:
     await send(sender, chunks()[1:])
-    with pytest.raises(BadMessage, match="1 of 8 chunks of .* are missing"):
+    with pytest.raises(BadMessage, match=r"1 of 8 chunks of .* are missing"):
         await received(sender, patience_s=0.05)
 
 

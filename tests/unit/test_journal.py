@@ -1,0 +1,271 @@
+"""The worker's journal: what it says is safe survives a crash anywhere, and damage costs only what is damaged."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from broker.errors import StateError
+from broker.messages import Join, TrainRound, UpdateReady, Where
+from broker.wire import encode
+from workers.journal import FileJournal, Held, Journal, MemoryJournal, Remembered
+
+BODY = b"arrays of the finished update"
+
+
+def order(task: int = 1) -> bytes:
+    told = TrainRound(
+        run_id="run-1", epoch=1, seq=1, task=task, round=1, attempt=1, work="train", asked=("p01",), version=0,
+        model=None,
+    )  # fmt: skip
+    return encode(told, b"a model")
+
+
+def held(task: int = 1, body: bytes = BODY) -> Held:
+    update = UpdateReady(
+        participant="p01", run_id="run-1", epoch=1, task=task, base_sha256="a" * 64, num_examples=3,
+        arrays="delta" if body else "none",
+        body=Where(where="inline", size_bytes=len(body), sha256=hashlib.sha256(body).hexdigest()) if body else None,
+    )  # fmt: skip
+    return Held(update, body)
+
+
+def load(directory: Path) -> Remembered:
+    """What another process would remember."""
+    return asyncio.run(FileJournal(directory).load())
+
+
+def saved(directory: Path, *updates: Held, told: bytes | None = None) -> FileJournal:
+    async def save(journal: FileJournal) -> FileJournal:
+        if told is not None:
+            await journal.save_order(told)
+        for update in updates:
+            await journal.save_held(update)
+        return journal
+
+    return asyncio.run(save(FileJournal(directory)))
+
+
+def same(remembered: Held | None, expected: Held) -> bool:
+    return remembered is not None and (remembered.update, bytes(remembered.blob)) == (
+        expected.update,
+        bytes(expected.blob),
+    )
+
+
+def test_an_empty_directory_remembers_nothing(tmp_path: Path) -> None:
+    assert load(tmp_path / "not there yet") == Remembered(None, None)
+
+
+def test_what_was_saved_is_remembered_by_the_next_process(tmp_path: Path) -> None:
+    saved(tmp_path, held(), told=order())
+    remembered = load(tmp_path)
+    assert remembered.order == order()
+    assert same(remembered.held, held())
+    assert remembered.held
+    assert remembered.held.sent  # sent again only if the aggregator asks for it
+
+
+def test_an_update_without_arrays_is_remembered(tmp_path: Path) -> None:
+    saved(tmp_path, held(body=b""))
+    assert same(load(tmp_path).held, held(body=b""))
+
+
+def test_the_newest_replaces_what_was_there(tmp_path: Path) -> None:
+    saved(tmp_path, held(1, b"one"), held(2, b"two"), told=order(1))
+    saved(tmp_path, told=order(2))
+    remembered = load(tmp_path)
+    assert same(remembered.held, held(2, b"two"))
+    assert remembered.order == order(2)
+
+
+def test_a_settled_update_is_forgotten_and_the_order_is_not(tmp_path: Path) -> None:
+    journal = saved(tmp_path, held(), told=order())
+    asyncio.run(journal.drop_held())
+    asyncio.run(journal.drop_held())
+    assert load(tmp_path) == Remembered(order(), None)
+
+
+async def test_the_journal_in_memory_remembers_the_same() -> None:
+    journal: Journal = MemoryJournal()
+    assert await journal.load() == Remembered(None, None)
+    await journal.save_order(order())
+    await journal.save_held(held())
+    remembered = await journal.load()
+    assert remembered.order == order()
+    assert same(remembered.held, held())
+    await journal.drop_held()
+    assert await journal.load() == Remembered(order(), None)
+
+
+# -- crashes --------------------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, name: str, nth: int) -> None:
+    """Ends everything at the n-th call of `os.<name>`, before it has an effect."""
+    real, calls = getattr(os, name), 0
+
+    def fatal(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            raise Crash
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, name, fatal)
+
+
+@pytest.mark.parametrize("nth", range(1, 5))
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_crash_leaves_the_old_update_or_the_new_or_none_but_no_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, nth: int
+) -> None:
+    old, new = held(1, b"old arrays"), held(2, b"new arrays")
+    saved(tmp_path, old, told=order(1))
+    crash_at(monkeypatch, name, nth)
+    try:
+        saved(tmp_path, new, told=order(2))
+    except Crash:
+        pass
+    else:
+        assert (name, nth) == ("replace", 4)  # there are three
+    monkeypatch.undo()
+    remembered = load(tmp_path)
+    assert remembered.order in (order(1), order(2))
+    assert remembered.held is None or same(remembered.held, old) or same(remembered.held, new)
+    assert not list(tmp_path.glob("*.damaged"))
+    saved(tmp_path, new, told=order(2))  # and it goes on
+    assert same(load(tmp_path).held, new)
+
+
+def test_every_file_is_synced_before_it_takes_its_name_and_its_directory_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    real_sync, real_replace = os.fsync, os.replace
+
+    def fsync(fd: int) -> None:
+        steps.append(f"sync {Path(os.readlink(f'/proc/self/fd/{fd}')).name}")
+        real_sync(fd)
+
+    def replace(source: Path, target: Path) -> None:
+        steps.append(f"rename {Path(source).name} {Path(target).name}")
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    saved(tmp_path, held())
+    assert steps == [
+        "sync update.new", "rename update.new update.safetensors", f"sync {tmp_path.name}",
+        "sync update.new", "rename update.new update.frame", f"sync {tmp_path.name}",
+    ]  # fmt: skip
+
+
+def test_a_half_written_file_is_not_read(tmp_path: Path) -> None:
+    saved(tmp_path, held(), told=order())
+    (tmp_path / "update.new").write_bytes(b"half a")
+    (tmp_path / "order.new").write_bytes(b"half an")
+    remembered = load(tmp_path)
+    assert same(remembered.held, held())
+    assert remembered.order == order()
+
+
+# -- damage ---------------------------------------------------------------------------------------------------
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[5] ^= 0xFF
+    path.write_bytes(content)
+
+
+def another_kind(path: Path) -> None:
+    path.write_bytes(encode(Join(participant="p01")))
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("update.frame", cut_off),
+        ("update.frame", flip),
+        ("update.frame", another_kind),
+        ("update.safetensors", cut_off),
+        ("update.safetensors", flip),
+        ("update.safetensors", missing),
+    ],
+)
+def test_a_damaged_update_is_set_aside_and_said_so(
+    tmp_path: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    saved(tmp_path, held(), told=order())
+    damage(tmp_path / file)
+    with capture_logs() as logs:
+        assert load(tmp_path) == Remembered(order(), None)
+    assert [(line["event"], line["file"]) for line in logs] == [("journal_damaged", str(tmp_path / "update.frame"))]
+    assert (tmp_path / "update.damaged").exists()
+    with capture_logs() as logs:
+        assert load(tmp_path) == Remembered(order(), None)
+    assert logs == []
+
+
+@pytest.mark.parametrize("damage", [cut_off, flip, another_kind])
+def test_a_damaged_order_is_set_aside_and_the_update_is_not(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    saved(tmp_path, held(), told=order())
+    damage(tmp_path / "order.frame")
+    with capture_logs() as logs:
+        remembered = load(tmp_path)
+    assert remembered.order is None
+    assert same(remembered.held, held())
+    assert logs[0]["event"] == "journal_damaged"
+
+
+def test_a_body_without_its_header_is_nothing(tmp_path: Path) -> None:
+    saved(tmp_path, held())
+    (tmp_path / "update.frame").unlink()
+    assert load(tmp_path) == Remembered(None, None)
+
+
+# -- the disk refuses -----------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_clear_error_and_costs_nothing_that_was_safe(tmp_path: Path) -> None:
+    saved(tmp_path, told=order(1))
+    (tmp_path / "order.new").symlink_to("/dev/full")
+    with pytest.raises(StateError, match=r"order\.frame: the journal cannot be written .*No space left.*: free"):
+        saved(tmp_path, told=order(2))
+    assert load(tmp_path).order == order(1)
+
+
+@pytest.mark.parametrize("file", ["update.frame", "update.safetensors", "order.frame"])
+def test_a_journal_that_cannot_be_read_is_one_clear_error(tmp_path: Path, file: str) -> None:
+    saved(tmp_path, held(), told=order())
+    (tmp_path / file).unlink()
+    (tmp_path / file).mkdir()
+    with pytest.raises(StateError, match="the journal cannot be read"):
+        load(tmp_path)
+
+
+def test_an_update_that_cannot_be_dropped_is_one_clear_error(tmp_path: Path) -> None:
+    journal = saved(tmp_path, held())
+    (tmp_path / "update.frame").unlink()
+    (tmp_path / "update.frame").mkdir()
+    with pytest.raises(StateError, match="the journal cannot be written"):
+        asyncio.run(journal.drop_held())
