@@ -24,7 +24,7 @@ FANOUT = 100  # up to so many participants share one message; beyond, each gets 
 Fates = Mapping[str, tuple[int, Fate]]
 
 
-def reply_to(status: Status, head: HeadRecord, settled: Fates, missing: Sequence[str]) -> Fates | None:
+def reply_to(status: Status, head: HeadRecord, settled: Fates, *, awaited: bool) -> Fates | None:
     """What a status calls for: nothing (None), or the newest TrainRound, with a fate if one is to be added.
 
     Only committed fates are told: an update that was accepted but not committed may still be needed again.
@@ -37,7 +37,7 @@ def reply_to(status: Status, head: HeadRecord, settled: Fates, missing: Sequence
             return {}
         return None if settled.get(who, nobody)[0] >= status.task else {who: (status.task, "missing")}
     works_on_it = status.phase == "training" and status.task == head.task
-    return {} if who in missing and not works_on_it else None
+    return {} if awaited and not works_on_it else None
 
 
 class Announcer:
@@ -61,7 +61,7 @@ class Announcer:
             await self._publish(EVERYONE, self._order(open_round, missing, fates, now), len(live))
         else:
             closed = head.closed.task if head.closed else 0
-            told = {p for p, (task, _) in head.settled.items() if task == closed}
+            told = set(live) if head.finished else {p for p, (task, _) in head.settled.items() if task == closed}
             for participant in sorted(told.union(missing)):
                 await self.tell(participant, {}, open_round, now)
         if head.model is not None and head.model.where == "stream":
@@ -71,7 +71,7 @@ class Announcer:
         """Tells one participant what concerns it."""
         known = self._lead.record.settled.get(participant)
         own = {participant: known} if known else {}
-        asked = [participant] if open_round and participant in open_round.missing else []
+        asked = [participant] if open_round and open_round.awaits(participant) else []
         await self._publish(participant, self._order(open_round, asked, {**own, **fates}, now), 1)
 
     def _order(self, open_round: Round | None, asked: Iterable[str], fates: Fates, now: float) -> TrainRound:

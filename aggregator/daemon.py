@@ -52,7 +52,7 @@ from broker.wire import FROM_PARTICIPANT, decode, encode
 
 log = structlog.get_logger(__name__)
 
-QUOTED_BYTES = 64 << 10  # of a refused message
+QUOTED_BYTES = 4 << 10  # of a refused message
 
 
 def log_report(report: RoundReport) -> None:
@@ -265,16 +265,16 @@ class Term:
         if self.round and plan.has_room(self.round.open, status.participant, self.settings):
             cohort = tuple(sorted((*self.round.open.cohort, status.participant)))
             await self._reopen(self.round, self.round.open.model_copy(update={"cohort": cohort}))
-        missing = self.round.missing if self.round else []
-        fates = reply_to(status, self.head, self.ledger.settled, missing)
+        awaited = self.round is not None and self.round.awaits(status.participant)
+        fates = reply_to(status, self.head, self.ledger.settled, awaited=awaited)
         if fates is not None:
             await self.announcer.tell(status.participant, fates, self.round, self.around.clock())
 
     # -- deciding: what the state machine asks for becomes a head record ------------------------------------
 
     async def _advance(self, now: float) -> None:
-        live = self.registry.live(now)
         if self.round is None:
+            live = self.registry.live(now)
             if plan.enough(self.head, live, self.settings, now - self.began):
                 await self._commit_progress(
                     plan.opened(self.head, "train", live, self.settings, now).with_(closed=None)
@@ -286,6 +286,7 @@ class Term:
                     await self._close(self.round, now)
                 case Step.EXTEND:
                     self._note("round_extended", round=self.round.open.round, missing=self.round.missing)
+                    live = self.registry.live(now)
                     await self._reopen(self.round, self.round.extended(now, live, live))
                     await self._announce()
         if now >= self.refresh_at:

@@ -8,8 +8,10 @@ import secrets
 import tempfile
 from pathlib import Path
 
+import structlog
+
 from aggregator.settings import BrokerSettings
-from broker.errors import BadMessage, StateError
+from broker.errors import BadMessage, ConnectionLost, StateError, TransportError
 from broker.messages import Barrier, FromParticipant, Message, UpdateReady, Where
 from broker.offload import off_loop
 from broker.payloads import Assembly, collect, verify
@@ -18,6 +20,8 @@ from broker.tensors import Arrays, Buffer, check_like, decode
 from broker.topology import Topology
 from broker.transport import Delivery, Transport
 from broker.wire import encode
+
+log = structlog.get_logger(__name__)
 
 SPARE_BYTES = 1 << 20  # a manifest may be written differently from ours
 
@@ -50,7 +54,15 @@ class Intake:
     async def prepare(self, participant: str, update_bytes: int) -> None:
         """Makes sure that a participant with large updates has somewhere to put them."""
         if update_bytes > self._settings.inline_bytes and participant not in self._read_to:
-            await self._writer.declare(*self._topology.outbox_declarations(participant, update_bytes + SPARE_BYTES))
+            outbox = self._topology.outbox_declarations(participant, update_bytes + SPARE_BYTES)
+            try:
+                await self._writer.declare(*outbox)
+            except ConnectionLost:
+                raise
+            except TransportError as error:  # left by a run with a model of another size
+                log.info("outbox_replaced", participant=participant, reason=str(error))
+                await self._writer.delete(self._topology.outbox(participant))
+                await self._writer.declare(*outbox)
             self._read_to[participant] = 0
 
     async def arrays(self, update: UpdateReady, payload: memoryview, like: Arrays, most_bytes: int) -> Arrays:

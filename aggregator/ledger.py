@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from broker.head import Decision, HeadRecord
 from broker.messages import Fate, Metrics, UpdateReady, Verdict
 
-MOST_LISTED = 20_000  # refused and duplicate messages beyond are counted, no longer listed: a flood stays small
+MOST_LISTED = 10_000  # refused and duplicate messages beyond are counted, no longer listed: a flood stays small
 
 
 class Ledger:

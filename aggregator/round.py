@@ -35,6 +35,10 @@ class Round:
     settings: RoundSettings
     accepted: dict[str, int] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
+    _asked: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self._asked = frozenset(self.open.cohort)
 
     @property
     def target(self) -> int:
@@ -49,26 +53,34 @@ class Round:
     @property
     def missing(self) -> list[str]:
         """Who was asked and has neither delivered nor failed."""
-        return [p for p in self.open.cohort if p not in self.accepted and p not in self.failed]
+        return [p for p in self.open.cohort if self.awaits(p)]
+
+    @property
+    def _all_answered(self) -> bool:
+        return len(self.accepted) + len(self.failed) >= len(self.open.cohort)
+
+    def awaits(self, participant: str) -> bool:
+        """Whether this one was asked and has neither delivered nor failed."""
+        return participant in self._asked and participant not in self.accepted and participant not in self.failed
 
     def accept(self, participant: str, weight: int) -> None:
         self.accepted[participant] = weight
         self.failed.discard(participant)
 
     def fail(self, participant: str) -> None:
-        if participant in self.open.cohort and participant not in self.accepted:
+        if self.awaits(participant):
             self.failed.add(participant)
 
     def reopen(self, opened: OpenRound) -> None:
         """Goes on with another cohort or attempt; a new attempt offers the task to those who failed, too."""
         if opened.attempt > self.open.attempt:
             self.failed.clear()
-        self.open = opened
+        self.open, self._asked = opened, frozenset(opened.cohort)
 
     def step(self, now: float) -> Step:
         """What is to be done at `now` (Unix seconds)."""
         enough = len(self.accepted) >= self.quorum
-        if len(self.accepted) >= max(self.target, self.quorum) or (enough and not self.missing):
+        if len(self.accepted) >= max(self.target, self.quorum) or (enough and self._all_answered):
             return Step.CLOSE
         if now < self.open.deadline:
             return Step.WAIT

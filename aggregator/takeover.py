@@ -103,6 +103,8 @@ class Takeover:
             members=(),
         )
         await commit(self._lead, first, blob)
+        if old.model is not None and old.model.stream not in ("", where.stream):
+            await self._lead.writer.delete(old.model.stream)  # nobody needs the models of the run before
         log.info("run_began", run_id=run_id, version=first.version, model_bytes=len(blob))
         return blob
 

@@ -24,6 +24,7 @@ PARTICIPANT = r"[a-z0-9-]{1,40}"
 FEDERATION = r"[a-z0-9-]{1,40}"
 AGGREGATOR = "aggregator"  # the user name that every aggregator connects with
 EVERYONE = "all"
+RESERVED = (AGGREGATOR, EVERYONE)  # names that no participant may have
 DEFAULT_EXCHANGE = r"amq\.default"  # how permissions name the exchange ""
 MEBI = 1 << 20
 INBOX_EXPIRES_S = 14 * 24 * 3600.0
@@ -87,6 +88,11 @@ class Topology:
         return self._name("outbox", participant)
 
     def inbox(self, participant: str) -> str:
+        if participant in RESERVED or not re.fullmatch(PARTICIPANT, participant):
+            raise ConfigError(
+                f"participant {participant!r} is not a valid name: use 1 to 40 of a-z, 0-9 and '-', "
+                f"and none of {', '.join(RESERVED)}"
+            )
         return self._name("inbox", participant)
 
     def aggregator_declarations(self) -> list[Declaration]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from broker.messages import Scalar
 from broker.tensors import Arrays
 from fluffle.config import Config, from_values, load_config
@@ -14,6 +16,7 @@ from fluffle.display import LogDisplay
 from fluffle.finish import finish
 from fluffle.layers import from_toml
 from fluffle.learning import load_model, task_defaults
+from fluffle.logs import configure_logs
 from fluffle.rundir import RunDir
 from fluffle.simulation import run_simulation
 
@@ -48,6 +51,8 @@ def resume(directory: Path | str, settings: dict[str, Scalar] | None = None) -> 
 
 
 def _run(config: Config, *, resume: bool) -> Result:
+    if not structlog.is_configured():
+        configure_logs("info")
     run = RunDir(config.run_dir)
     run.begin(config, resume=resume)
     with LogDisplay() as display:

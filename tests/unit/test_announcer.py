@@ -33,12 +33,12 @@ def test_who_joins_is_told_the_newest_whatever_it_does() -> None:
     for missing in ([], ["p01"]):
         for phase in ("idle", "training", "holding"):
             join = Join(participant="p01", run_id="run-1", phase=phase, task=5)
-            assert reply_to(join, HEAD, {"p01": (5, "counted")}, missing) == {}
+            assert reply_to(join, HEAD, {"p01": (5, "counted")}, awaited=bool(missing)) == {}
 
 
 @pytest.mark.parametrize("run_id", ["", "run-0"])
 def test_who_knows_no_run_or_another_is_told_the_newest(run_id: str) -> None:
-    assert reply_to(beat("holding", 9, run_id), HEAD, {}, []) == {}
+    assert reply_to(beat("holding", 9, run_id), HEAD, {}, awaited=False) == {}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_who_knows_no_run_or_another_is_told_the_newest(run_id: str) -> None:
     ],
 )
 def test_who_is_asked_and_does_not_work_on_it_is_told(status: Heartbeat, missing: list[str], told: bool) -> None:
-    assert reply_to(status, HEAD, {}, missing) == ({} if told else None)
+    assert reply_to(status, HEAD, {}, awaited=bool(missing)) == ({} if told else None)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_who_holds_an_update_is_told_its_fate_once_it_is_committed(
 ) -> None:
     head = HEAD.with_(settled=dict(committed))
     for missing in ([], ["p01"]):
-        assert reply_to(beat("holding", 5), head, decided, missing) == reply
+        assert reply_to(beat("holding", 5), head, decided, awaited=bool(missing)) == reply
 
 
 # -- who is told what -----------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ async def test_in_a_large_federation_everybody_is_told_what_concerns_it_alone() 
     everybody = [f"p{i:03d}" for i in range(FANOUT + 20)]
     asked, answered = everybody[:3], everybody[3:5]
     closed = ClosedRound(work="train", round=4, attempt=1, task=4, cohort=2, opened=0.0, closed=1.0)
-    told = Told(HEAD.with_(closed=closed, settled={p: (4, "counted") for p in answered}))
+    told = Told(HEAD.with_(closed=closed, settled=dict.fromkeys(answered, (4, "counted"))))
     announcer = await told.announcer(everybody)
     await announcer.announce(Round(opened(asked), settings(2).round), everybody, 100.0)
     for participant in everybody:
