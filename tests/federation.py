@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from aggregator.daemon import Aggregator, Surroundings
+from aggregator.history import History, RoundReport
 from aggregator.settings import BrokerSettings, EvaluationSettings, RoundSettings, RunSettings, StopSettings
 from aggregator.takeover import Job
-from broker.head import HeadRecord
+from broker.head import Decision, HeadRecord
 from broker.tensors import Arrays
 from broker.topology import Topology
 from broker.transport import Broker
 from workers.journal import MemoryJournal
 from workers.link import WorkerSettings
 from workers.task import Evaluation, TrainConfig, TrainResult
+from workers.trainer import Sizes
 from workers.worker import Site, Worker
 
 
@@ -73,13 +75,16 @@ class Federation:
     participants: list[str]
     size: int = 7
     heartbeat_s: float = 0.5
+    sizes: Sizes = field(default_factory=Sizes)
     tasks: dict[str, Pull] = field(default_factory=dict)
     journals: dict[str, MemoryJournal] = field(default_factory=dict)
+    reports: list[RoundReport] = field(default_factory=list)
 
     def job(self, run: RunSettings, **options: object) -> Job:
         return Job(run, initial=Pull("p00", self.size).initial, **options)  # type: ignore[arg-type]
 
     def aggregator(self, run: RunSettings, around: Surroundings | None = None, **options: object) -> Aggregator:
+        around = around or Surroundings(on_report=self.reports.append)
         return Aggregator(self.job(run, **options), self.broker, self.directory, around)
 
     def worker(
@@ -87,7 +92,7 @@ class Federation:
     ) -> Worker:
         task = self.tasks.setdefault(name, Pull(name, self.size))
         journal = self.journals.setdefault(name, MemoryJournal())
-        settings = WorkerSettings(heartbeat_s=self.heartbeat_s, patience_s=5.0, retry_s=0.2, lag_s=lag_s)
+        settings = WorkerSettings(self.heartbeat_s, patience_s=5.0, retry_s=0.2, sizes=self.sizes, lag_s=lag_s)
         return Worker(Site(name, task, journal), broker or self.broker, Topology("default"), settings)
 
     @asynccontextmanager
@@ -100,6 +105,15 @@ class Federation:
             yield workers
             for worker in workers:
                 worker.stop()
+
+    async def ledger(self, run_id: str = "run-1") -> list[Decision]:
+        """The fate of everything that arrived, as the history tells it."""
+
+        def read() -> list[Decision]:
+            with History(self.directory / "history.sqlite") as history:
+                return history.ledger(run_id)
+
+        return await asyncio.to_thread(read)
 
     async def run(self, run: RunSettings, **options: object) -> HeadRecord:
         """One undisturbed run."""

@@ -76,7 +76,7 @@ def test_everybody_is_asked_equally_often() -> None:
 
 def test_the_first_round_waits_for_everybody_but_not_longer_than_a_deadline() -> None:
     run = settings(3, round={"quorum": 2, "deadline_s": 30.0})
-    first, later = HeadRecord(), HeadRecord(task=1)
+    first, later = HeadRecord(), HeadRecord(task=1, members=("p01",))
     assert not plan.enough(first, names(2), run, 29.9)
     assert plan.enough(first, names(3), run, 0.0)
     assert plan.enough(first, names(2), run, 30.0)

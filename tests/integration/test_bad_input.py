@@ -1,0 +1,242 @@
+"""What a hostile participant can do to a run: nothing. All it sends is refused with the reason, and told apart."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import re
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aggregator.daemon import Surroundings
+from aggregator.history import RoundReport
+from broker import tensors
+from broker.errors import AccessRefused
+from broker.head import Decision, HeadRecord
+from broker.memory import MemoryBroker
+from broker.messages import Barrier, Chunk, Join, Leave, Message, Rejected, TrainRound, UpdateReady, Where
+from broker.payloads import describe, piece
+from broker.tensors import Arrays, Buffer
+from broker.topology import AGGREGATOR, Topology
+from broker.transport import Inbox, Transport
+from broker.wire import decode, encode
+from tests.federation import Federation, names, settings
+
+TOPOLOGY = Topology("default")
+BAD = "p-bad"
+CHUNKED = {"inline_bytes": 0, "chunk_bytes": 1024}
+
+
+@dataclass
+class Hostile:
+    """A participant of the cohort that says whatever it likes, over a connection of its own."""
+
+    connection: Transport
+    inbox: Inbox
+    order: TrainRound
+    model: Arrays
+
+    @classmethod
+    async def joined(cls, broker: MemoryBroker) -> Hostile:
+        """It joins like anybody else and waits until it is asked."""
+        connection = await broker.connect(BAD, purpose="publish")
+        await connection.declare(*TOPOLOGY.inbox_declarations(BAD))
+        inbox = await connection.consume(TOPOLOGY.inbox(BAD))
+        await connection.publish(TOPOLOGY.up, f"{BAD}.join", encode(Join(participant=BAD)))
+        while True:
+            delivery = await inbox.get(10.0)
+            assert delivery is not None
+            await delivery.ack()
+            order, payload = decode(delivery.body)
+            assert isinstance(order, TrainRound)
+            if BAD in order.asked:
+                model = tensors.decode(payload) if order.model and order.model.where == "inline" else {}
+                return cls(connection, inbox, order, model)
+
+    async def say(self, kind: str, frame: bytes) -> None:
+        await self.connection.publish(TOPOLOGY.up, f"{BAD}.{kind}", frame)
+
+    def update(self, blob: Buffer = b"", **changes: object) -> UpdateReady:
+        """An update that would count if its body were one."""
+        assert self.order.model
+        fields: dict[str, object] = {
+            "participant": BAD, "run_id": "run-1", "epoch": self.order.epoch, "task": self.order.task,
+            "base_sha256": self.order.model.sha256, "arrays": "delta", "num_examples": 10,
+            "body": describe(blob, 1 << 30, 1),
+        }  # fmt: skip
+        return UpdateReady(**{**fields, **changes})
+
+    def frame(self, blob: Buffer = b"", **changes: object) -> bytes:
+        return encode(self.update(blob, **changes), blob)
+
+    def with_arrays(self, **changes: object) -> bytes:
+        """An update with some of its arrays replaced, or left out if None."""
+        arrays = {name: np.zeros_like(values) for name, values in self.model.items()} | changes
+        return self.frame(tensors.encode({name: values for name, values in arrays.items() if values is not None}))
+
+
+Act = Callable[[Hostile], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    head: HeadRecord
+    reports: list[RoundReport]
+    ledger: list[Decision]
+    rejected: list[tuple[Rejected, bytes]]
+
+
+async def attacked(
+    directory: Path, act: Act, broker: MemoryBroker | None = None, size: int = 7, **sections
+) -> Seen:
+    """A run of three honest participants and one that does `act` when it is asked, and then leaves."""
+    broker = broker or MemoryBroker(TOPOLOGY.access)
+    aggregator = await broker.connect(AGGREGATOR, purpose="audit")
+    await aggregator.declare(*TOPOLOGY.aggregator_declarations())
+    federation = Federation(broker, directory, names(3), size)
+    run = settings(4, rounds=2, round={"quorum": 3}, **sections)
+    quiet = Surroundings(on_report=federation.reports.append, on_notice=lambda event, fields: None)
+    async with asyncio.timeout(60), federation.workers():
+        running = asyncio.create_task(federation.aggregator(run, quiet).run())
+        hostile = await Hostile.joined(broker)
+        await act(hostile)
+        await hostile.say("leave", encode(Leave(participant=BAD)))
+        head = await running
+    inbox = await aggregator.consume(TOPOLOGY.rejected)
+    rejected = []
+    while (delivery := await inbox.get(0)) is not None:
+        note, quoted = decode(delivery.body)
+        assert isinstance(note, Rejected)
+        rejected.append((note, bytes(quoted)))
+    return Seen(head, federation.reports, await federation.ledger(), rejected)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> HeadRecord:
+    """The same run without the hostile one."""
+
+    federation = Federation(MemoryBroker(TOPOLOGY.access), tmp_path_factory.mktemp("quiet"), names(3))
+    return asyncio.run(federation.run(settings(3, rounds=2)))
+
+
+def check(seen: Seen, refused: Sequence[str], undisturbed: HeadRecord) -> None:
+    """Every refusal is told everywhere, with its reason; the honest ones' updates count, and only those."""
+    for told in (
+        [(note.participant, note.reason) for note, _ in seen.rejected],
+        [(line.participant, line.reason) for line in seen.ledger if line.verdict == "refused"],
+    ):
+        assert len(told) == len(refused)
+        for (participant, reason), expected in zip(told, refused, strict=True):
+            assert participant == BAD
+            assert re.search(expected, reason), f"{reason!r} does not say {expected!r}"
+    first, second = seen.reports
+    assert (first.accepted, first.rejected, first.cohort) == (3, len(refused), 4)
+    assert (second.accepted, second.rejected, second.cohort) == (3, 0, 3)
+    counted = [(line.participant, line.task) for line in seen.ledger if line.verdict == "counted"]
+    assert sorted(counted) == [(p, task) for p in names(3) for task in (1, 2)]
+    assert seen.head.finished
+    assert seen.head.version == 2
+    assert seen.head.model
+    assert undisturbed.model
+    assert seen.head.model.sha256 == undisturbed.model.sha256
+
+
+# -- one bad message ------------------------------------------------------------------------------------------
+
+Forge = Callable[[Hostile], bytes]
+F32 = np.float32
+FORGERIES: dict[str, tuple[Forge, str]] = {
+    "garbage": (lambda h: b"\x00garbage\xff" * 9, "does not begin with 'FLF'"),
+    "nothing": (lambda h: b"", "does not begin with 'FLF'"),
+    "schema version": (lambda h: b"FLF\x02" + h.frame()[4:], "schema version 2 is not supported"),
+    "header too long": (lambda h: b"FLF\x01" + (1 << 31).to_bytes(4, "little"), "header length 2147483648 exceeds"),
+    "a refusal": (
+        lambda h: encode(Rejected(offset=0, participant="p01", reason="so")),
+        "a rejected message is nothing that a participant sends",
+    ),
+    "header above its limit": (
+        lambda h: b"FLF\x01" + (70_000).to_bytes(4, "little") + b"\x91" * 70_000,
+        "exceeds the frame or the limit of 65536",
+    ),
+    "nested": (lambda h: b"FLF\x01" + (60_000).to_bytes(4, "little") + b"\x91" * 60_000, "not valid msgpack"),
+    "unknown kind": (lambda h: h.frame().replace(b"update", b"uqdate", 1), "unknown kind of message 'uqdate'"),
+    "another field": (lambda h: h.frame().replace(b"epoch", b"epocs", 1), "field 'epoch': Field required"),
+    "order": (lambda h: encode(h.order), "a round message is nothing that a participant sends"),
+    "head record": (lambda h: encode(HeadRecord(epoch=99)), "a head message is nothing that a participant sends"),
+    "barrier": (lambda h: encode(Barrier(nonce="n")), "a barrier message is nothing that a participant sends"),
+    "another's name": (
+        lambda h: h.frame(participant="p01"),
+        "in the name of 'p01' came from 'p-bad' with key 'p-bad.update'",
+    ),
+    "another kind than its key": (
+        lambda h: encode(Leave(participant=BAD)),
+        "leave message in the name of 'p-bad' came from 'p-bad' with key 'p-bad.update'",
+    ),
+    "unknown run": (lambda h: h.frame(run_id="run-2"), "unknown run 'run-2'"),
+    "old epoch": (lambda h: h.frame(epoch=0), "epoch 0 is older than task 1"),
+    "future epoch": (lambda h: h.frame(epoch=99), "epoch 99, task 1 was never offered"),
+    "future task": (lambda h: h.frame(task=2), "task 2 was never offered"),
+    "another base model": (lambda h: h.frame(base_sha256="f" * 64), "base model ffffffffffff is not version 0"),
+    "no body": (lambda h: h.frame(body=None), "exactly if it has a body"),
+    "metrics instead of arrays": (lambda h: h.frame(body=None, arrays="none"), "do not answer work 'train'"),
+    "gradients": (
+        lambda h: h.frame(tensors.encode(h.model), arrays="gradient"),
+        "strategy 'fedavg' sums deltas, not gradients",
+    ),
+    "wrong length": (lambda h: h.with_arrays() + b"\0", r"payload has \d+ bytes, its header says"),
+    "wrong digest": (lambda h: h.with_arrays()[:-1] + b"\x01", "does not match its sha256"),
+    "larger than the model": (
+        lambda h: h.frame(bytes(3 << 20)),
+        "body of 3145728 bytes is above the model's",
+    ),
+    "larger than it is": (
+        lambda h: encode(h.update(body=Where(where="inline", size_bytes=1 << 40, sha256="a" * 64))),
+        "body of 1099511627776 bytes is above the model's",
+    ),
+    "chunks without an outbox": (
+        lambda h: encode(h.update(body=Where(where="stream", size_bytes=9, sha256="a" * 64, chunks=1))),
+        "p-bad has no outbox",
+    ),
+    "pickle": (lambda h: h.frame(pickle.dumps({"w": 1})), "tensor manifest"),
+    "unknown tensor": (lambda h: h.with_arrays(extra=np.zeros(1, F32)), "unknown tensor 'extra'"),
+    "missing tensor": (lambda h: h.with_arrays(w=None), "tensor 'w' is missing"),
+    "wrong shape": (lambda h: h.with_arrays(w=np.zeros(8, F32)), r"'w' has shape \(8,\), expected \(7,\)"),
+    "wrong dtype": (lambda h: h.with_arrays(w=np.zeros(7)), "'w' has dtype float64, expected float32"),
+    "out of bounds": (lambda h: h.with_arrays(w=np.full(7, 1e9, F32)), "'w' has values that are not finite or"),
+    "NaN": (lambda h: h.with_arrays(w=np.full(7, np.nan, F32)), "'w' has values that are not finite or beyond"),
+    "infinity": (lambda h: h.with_arrays(w=np.full(7, -np.inf, F32)), "'w' has values that are not finite or"),
+    "an integer out of bounds": (
+        lambda h: h.with_arrays(steps=np.full((), np.iinfo(np.int64).min)),
+        "'steps' has values that are not finite or beyond",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("forge", "reason"), FORGERIES.values(), ids=FORGERIES)
+async def test_it_is_refused_with_the_reason_and_the_run_goes_on(
+    forge: Forge, reason: str, undisturbed: HeadRecord, tmp_path: Path
+) -> None:
+    forged: list[bytes] = []
+
+    async def act(hostile: Hostile) -> None:
+        forged.append(forge(hostile))
+        await hostile.say("update", forged[0])
+
+    seen = await attacked(tmp_path, act)
+    check(seen, [reason], undisturbed)
+    assert seen.rejected[0][1] == forged[0][: 64 << 10]  # what was refused can be looked at
+
+
+async def test_the_ledger_says_which_task_was_refused(undisturbed: HeadRecord, tmp_path: Path) -> None:
+    async def act(hostile: Hostile) -> None:
+        await hostile.say("update", hostile.with_arrays(w=np.full(7, np.nan, F32)))
+        await hostile.say("update", b"garbage")
+
+    seen = await attacked(tmp_path, act)
+    check(seen, ["not finite", "FLF"], undisturbed)
+    assert [line.task for line in seen.ledger if line.verdict == "refused"] == [1, 0]
