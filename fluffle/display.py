@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from fluffle.results import headline
 from fluffle.text import size_text
 
 WAITING = "waiting for participants"
+NOTICES = 3
 LINES_BELOW = 8  # what must stay free of the terminal's height for the rest of the picture
 COUNTS = ("accepted", "late", "rejected", "duplicate")
 LOGGED = ("run_id", "round", "attempt", "version", "cohort", *COUNTS, "duration_s", "bytes_up", "bytes_down")
@@ -96,7 +96,7 @@ class LiveDisplay:
         self._console = console
         self._reports: dict[int, RoundReport] = {}
         self._metrics: dict[int, Mapping[str, float]] = {}
-        self._notices: deque[str] = deque(maxlen=3)
+        self._notices: dict[str, str] = {}
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         )
@@ -118,10 +118,11 @@ class LiveDisplay:
 
     def on_notice(self, event: str, **fields: object) -> None:
         words = " ".join(f"{name}={value}" for name, value in fields.items())
-        self._notices.append(f"{event.replace('_', ' ')}  {words}")
+        self._notices.pop(event, None)  # the newest of its kind, at the end
+        self._notices[event] = f"{event.replace('_', ' ')}  {words}"
 
     def _picture(self) -> Group:
-        notices = Text("\n".join(self._notices), style="dim")
+        notices = Text("\n".join(list(self._notices.values())[-NOTICES:]), style="dim")
         return Group(*([self._table()] if self._reports else []), notices, self._progress)
 
     def _table(self) -> Table:

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+import structlog
+
 from aggregator.daemon import Aggregator, Surroundings
 from aggregator.takeover import Job
 from broker.errors import ConfigError
@@ -28,6 +30,8 @@ from workers.tasks import find_task
 from workers.torch_task import TaskDefinition
 from workers.trainer import Sizes
 from workers.worker import Site, Worker
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ async def run_simulation(config: Config, display: Display) -> Outcome:
     use_one_thread()
     definition = find_task(config.task)
     shares = await asyncio.to_thread(shares_of, config, definition)
+    display.on_notice("data_shared_out", **_holdings(shares))
     topology = Topology(config.run.federation)
     broker = MemoryBroker(topology.access)
     await _set_up(broker, topology)
@@ -81,6 +86,7 @@ def _worker(
 ) -> Worker:
     held_out = shard.held_out if len(shard.held_out) else None
     task = definition.bind(shard.train, held_out, shard.name)
+    log.info("data_prepared", participant=shard.name, **task.report.to_dict())
     settings = WorkerSettings(
         heartbeat_s=config.broker.heartbeat_s,
         patience_s=config.broker.patience_s,
@@ -107,6 +113,16 @@ def _aggregator(
     )
     notice = partial(_notice, display)
     return Aggregator(job, broker, config.run_dir, Surroundings(on_report=display.on_report, on_notice=notice))
+
+
+def _holdings(shares: Shares) -> dict[str, object]:
+    sizes = [len(shard.train) for shard in shares.shards]
+    return {
+        "source": shares.train.source or shares.train.name,
+        "participants": len(sizes),
+        "examples": f"{min(sizes)} to {max(sizes)}",
+        "held_out": len(shares.held_out),
+    }
 
 
 def _notice(display: Display, event: str, fields: Mapping[str, object]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import pickle
 import re
-import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,10 @@ import pytest
 from aggregator.daemon import Surroundings
 from aggregator.history import RoundReport
 from broker import tensors
-from broker.errors import AccessRefused
 from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
-from broker.messages import Barrier, Chunk, Join, Leave, Message, Rejected, TrainRound, UpdateReady, Where
-from broker.payloads import describe, piece
+from broker.messages import Barrier, Join, Leave, Rejected, TrainRound, UpdateReady, Where
+from broker.payloads import describe
 from broker.tensors import Arrays, Buffer
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Inbox, Transport
@@ -43,12 +41,12 @@ class Hostile:
 
     @classmethod
     async def joined(cls, broker: MemoryBroker) -> Hostile:
-        """It joins like anybody else and waits until it is asked."""
+        """It joins like anybody else, whenever it hears of a run, and waits until it is asked."""
         connection = await broker.connect(BAD, purpose="publish")
         await connection.declare(*TOPOLOGY.inbox_declarations(BAD))
         inbox = await connection.consume(TOPOLOGY.inbox(BAD))
-        await connection.publish(TOPOLOGY.up, f"{BAD}.join", encode(Join(participant=BAD)))
         while True:
+            await connection.publish(TOPOLOGY.up, f"{BAD}.join", encode(Join(participant=BAD)))
             delivery = await inbox.get(10.0)
             assert delivery is not None
             await delivery.ack()
