@@ -65,7 +65,7 @@ def report_of(record: HeadRecord, closed: ClosedRound) -> RoundReport:
         cohort=closed.cohort,
         accepted=counts["accepted"],
         late=counts["late"],
-        rejected=counts["rejected"],
+        rejected=counts["rejected"] + closed.unlisted,
         duplicate=counts["duplicate"],
         opened=closed.opened,
         closed=closed.closed,

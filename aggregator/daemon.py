@@ -249,7 +249,8 @@ class Term:
 
     async def _refuse(self, delivery: Delivery, message: Message | None, reason: str) -> None:
         """Nothing that was accepted is touched; the reason goes to the ledger, the log and the rejected queue."""
-        task = message.task if isinstance(message, UpdateReady) and message.participant == delivery.sender else 0
+        own = isinstance(message, UpdateReady) and message.participant == delivery.sender
+        task = message.task if own and isinstance(message, UpdateReady) else 0
         answers = self.round is not None and task == self.round.open.task
         self.ledger.refused(delivery.sender, task, delivery.offset, reason, settles=answers)
         if self.round and answers:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 from broker.head import Decision, HeadRecord
 from broker.messages import Fate, Metrics, UpdateReady, Verdict
 
-MOST_LISTED = 10_000  # refused and duplicate messages beyond are counted, no longer listed: a flood stays small
+MOST_LISTED = 1000  # refused and duplicate messages beyond are counted, no longer listed: a flood stays small
+MOST_METRICS = 32  # names: half of what a record may hold
+LONGEST_NAME = 64
 
 
 class Ledger:
@@ -18,7 +21,12 @@ class Ledger:
         self.settled: dict[str, tuple[int, Fate]] = dict(head.settled)
         self.decided: list[Decision] = []
         self.metrics: dict[str, tuple[int, Metrics]] = {}
-        self.unlisted = 0
+        self.useless = 0  # refused and duplicate messages
+
+    @property
+    def unlisted(self) -> int:
+        """How many refused and duplicate messages `decided` does not list."""
+        return max(0, self.useless - MOST_LISTED)
 
     def counted(self, update: UpdateReady, offset: int, weight: int) -> None:
         """An answer to the open task, accepted."""
@@ -54,9 +62,10 @@ class Ledger:
         staleness: int = 0,
         reason: str = "",
     ) -> None:
-        if len(self.decided) >= MOST_LISTED and verdict in ("refused", "duplicate"):
-            self.unlisted += 1
-            return
+        if verdict in ("refused", "duplicate"):
+            self.useless += 1
+            if self.unlisted:
+                return
         self.decided.append(
             Decision(
                 offset=offset, participant=participant, task=task, verdict=verdict,
@@ -66,10 +75,14 @@ class Ledger:
 
 
 def weighted_means(reports: Mapping[str, tuple[int, Metrics]], prefix: str) -> Metrics:
-    """Means of each metric over those who reported it, by weight; the same in whatever order they came."""
-    names = {name for _, metrics in reports.values() for name in metrics}
+    """Means of each metric over those who reported it, by weight; the same in whatever order they came.
+
+    The names that most participants report: one who invents many shall not fill the record.
+    """
+    reporters = Counter(name for _, metrics in reports.values() for name in metrics)
     means = {}
-    for name in sorted(names):
+    for name in sorted(reporters, key=lambda name: (-reporters[name], name))[:MOST_METRICS]:
         told = [(weight, metrics[name]) for weight, metrics in reports.values() if name in metrics]
-        means[prefix + name] = math.fsum(w * value for w, value in told) / sum(w for w, _ in told)
+        total = sum(weight for weight, _ in told)
+        means[(prefix + name)[:LONGEST_NAME]] = math.fsum(weight / total * value for weight, value in told)
     return means

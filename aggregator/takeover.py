@@ -117,6 +117,7 @@ class Takeover:
                 f"run {saved.run_id!r} has checkpoints up to version {saved.version}, but the broker has no record "
                 "of it: go on with them (--from-checkpoint, for simulate --resume), or begin again with --fresh"
             )
+        await self._archive.note(saved)  # it may have been killed between checkpoint and history
         blob = await self._archive.load(saved.model.sha256)
         over = why_finished(saved, self._job.settings, now) if saved.version else ""  # perhaps it may now go on
         return None if blob is None else (saved.with_(finished=over), blob)

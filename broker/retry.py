@@ -38,12 +38,9 @@ async def publish(
 
     Raises the last PublishFailed; ConnectionLost, Unroutable and AccessRefused at once.
     """
-    backoff = Backoff(longest_s=1.0)
-    for attempt in range(1, attempts + 1):
+    for failures in range(attempts - 1):
         try:
             return await transport.publish(exchange, key, body, timeout_s=timeout_s)
         except PublishFailed:
-            if attempt == attempts:
-                raise
-        await asyncio.sleep(backoff.next_s())
-    return None
+            await asyncio.sleep(Backoff(longest_s=1.0, failures=failures).next_s())
+    return await transport.publish(exchange, key, body, timeout_s=timeout_s)

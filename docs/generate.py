@@ -1,9 +1,8 @@
 """Writes what the code knows into the documentation: settings, commands, messages, names, limits.
 
 A page holds blocks between `<!-- generated: KIND ARGUMENT -->` and `<!-- end -->`. Whatever the code knows is
-written anew; the column "Meaning" is written by people and kept. `tests/docs` fails while a page is out of date.
-
-    make docs
+written anew; the column "Meaning" is written by people and kept. `make docs` does it, and `tests/docs` fails
+while a page is out of date.
 """
 
 from __future__ import annotations
@@ -29,32 +28,32 @@ from fluffle.config import Config, Setting, settings
 from workers.tasks import CATALOGUE, find_task
 
 DOCS = Path(__file__).parent
-BLOCK = re.compile(r"(<!-- generated: (?P<what>.+?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- generated: (?P<what>.+?) -->\n\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 UNWRITTEN = "TO BE WRITTEN"  # a meaning that nobody has given yet
 
 Meanings = Mapping[str, str]
-Table = list[Sequence[str]]
 
 
 def main() -> None:
     for page in pages():
-        text = page.read_text("utf-8")
-        page.write_text(rewritten(text), "utf-8")
-        if UNWRITTEN in page.read_text("utf-8"):
-            sys.exit(f"{page}: some meanings are {UNWRITTEN}")
+        text = rewritten(page.read_text("utf-8"))
+        page.write_text(text, "utf-8")
+        if UNWRITTEN in text:
+            sys.exit(f"{page}: the meaning of something new is still {UNWRITTEN}")
 
 
 def pages() -> list[Path]:
     """Every page of the documentation, the README first."""
-    return [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+    root = DOCS.parent
+    return [root / "README.md", root / "CONTRIBUTING.md", root / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 
 
 def rewritten(page: str) -> str:
     """The page with its generated blocks made anew from the code."""
-    return BLOCK.sub(lambda block: f"{block[1]}{_block(block['what'], block['body'])}{block[4]}", page)
+    return BLOCK.sub(lambda block: f"{block[1]}{_made(block['what'], block['body'])}\n{block[4]}", page)
 
 
-def _block(what: str, body: str) -> str:
+def _made(what: str, body: str) -> str:
     kind, _, argument = what.partition(" ")
     return KINDS[kind](argument, _meanings(body))
 
@@ -69,7 +68,7 @@ def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
-def _table(head: Sequence[str], rows: Table) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -78,11 +77,8 @@ def _code(text: object) -> str:
     return f"`{text}`".replace("|", "\\|")
 
 
-def _power(number: float) -> str:
-    """2^20 rather than 1048576."""
-    whole = int(number)
-    exact = whole == number and whole >= 1024 and whole & (whole - 1) == 0
-    return f"2^{whole.bit_length() - 1}" if exact else f"{number:,}"
+def _kept(meanings: Meanings, name: str) -> str:
+    return meanings.get(_code(name)) or UNWRITTEN
 
 
 # -- types -------------------------------------------------------------------------------------------------------
@@ -90,6 +86,14 @@ def _power(number: float) -> str:
 TYPE_NAMES = ("Participant", "RunId", "Sha256", "Count", "Text", "Word", "Metrics", "Scalar", "Settings")
 ALIASES: dict[str, Any] = {name: getattr(messages, name) for name in TYPE_NAMES}
 PLAIN = {str: "text", int: "integer", float: "number", bool: "boolean", NoneType: "nil"}
+LIMITS = {
+    "ge": "at least",
+    "gt": "above",
+    "le": "at most",
+    "lt": "below",
+    "max_length": "length at most",
+    "pattern": "as",
+}
 
 
 def type_text(kind: Any) -> str:
@@ -106,11 +110,8 @@ def _unnamed(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(f'"{value}"' for value in arguments)
     if get_origin(kind) is tuple:
-        return (
-            f"list of {_item(arguments[0])}"
-            if arguments[-1] is ...
-            else f"[{', '.join(map(type_text, arguments))}]"
-        )
+        several = arguments[-1] is ...
+        return f"list of {_item(arguments[0])}" if several else f"[{', '.join(map(type_text, arguments))}]"
     if get_origin(kind) is dict:
         return f"map of {_item(arguments[0])} to {_item(arguments[1])}"
     return PLAIN.get(kind) or str(kind.__name__)
@@ -128,93 +129,72 @@ def _limits(metadata: Sequence[Any]) -> Iterator[str]:
         for name, words in LIMITS.items():
             value = getattr(constraint, name, None)
             if value is not None:
-                yield f"{words} {value if isinstance(value, str) else _power(value)}"
+                yield f"{words} {_code(value) if isinstance(value, str) else _number(value)}"
 
 
-LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "max_length": "at most", "pattern": "as"}
+def _number(value: float) -> str:
+    """`2^20` rather than 1048576."""
+    whole = int(value)
+    is_power = whole == value and whole >= 1024 and whole & (whole - 1) == 0
+    return f"2^{whole.bit_length() - 1}" if is_power else f"{value:,}"
 
 
 def _types(_: str, meanings: Meanings) -> str:
-    rows = [
-        (_code(name), _unnamed(kind).replace("|", "\\|"), meanings.get(_code(name), UNWRITTEN))
-        for name, kind in ALIASES.items()
-    ]
+    rows = [(_code(name), _unnamed(kind), _kept(meanings, name)) for name, kind in ALIASES.items()]
     return _table(("Type", "What is allowed", "Meaning"), rows)
 
 
 # -- messages ----------------------------------------------------------------------------------------------------
 
-RECORDS: dict[str, type[BaseModel]] = {
-    record.__name__: record
-    for record in (
-        *wire.KINDS.values(), messages.Where, head.OpenRound, head.Decision, head.ClosedRound, head.Best,
-    )
-}  # fmt: skip
+PARTS: tuple[type[BaseModel], ...] = (messages.Where, head.OpenRound, head.Decision, head.ClosedRound, head.Best)
+RECORDS = {record.__name__: record for record in (*wire.KINDS.values(), *PARTS)}
 
 
 def _message(name: str, meanings: Meanings) -> str:
     record = RECORDS[name]
     hints = get_type_hints(record, include_extras=True)
     rows = [
-        (
-            _code(field),
-            type_text(hints[field]).replace("|", "\\|"),
-            _default(info),
-            meanings.get(_code(field), UNWRITTEN),
-        )
+        (_code(field), type_text(hints[field]), _default(info), _kept(meanings, field))
         for field, info in record.model_fields.items()
     ]
     return _table(("Field", "Type", "Default", "Meaning"), rows)
 
 
 def _default(info: FieldInfo) -> str:
-    if info.is_required():
-        return "required"
-    value = info.default
-    empty = {"": '""', (): "[]", None: "nil", False: "false", True: "true"}
-    if isinstance(value, dict):
-        return "{}"
-    return empty.get(value, f'"{value}"' if isinstance(value, str) else str(value)) if value != 0 else _zero(value)
-
-
-def _zero(value: object) -> str:
-    return str(value).lower()
+    shown = {"None": "nil", "False": "false", "True": "true", "()": "[]", "''": '""'}
+    text = repr(info.default).replace("'delta'", '"delta"')
+    return "required" if info.is_required() else shown.get(text, text)
 
 
 # -- limits and names --------------------------------------------------------------------------------------------
 
+MIB, KIB = 1 << 20, 1 << 10
+WIRE_LIMITS = {
+    "frame": f"{wire.MAX_FRAME_BYTES // MIB} MiB",
+    "header": f"{wire.MAX_HEADER_BYTES // MIB} MiB",
+    "header from a participant": f"{wire.FROM_PARTICIPANT.header_bytes // KIB} KiB",
+    "items from a participant": f"{wire.FROM_PARTICIPANT.items}",
+    "payload": f"{_number(messages.MAX_MODEL_BYTES)} bytes",
+    "chunks of a payload": _number(messages.MAX_ITEMS),
+    "chunks in flight": f"{payloads.WINDOW}",
+    "manifest": f"{tensors.MAX_MANIFEST_BYTES // MIB} MiB",
+    "tensors": f"{tensors.MAX_TENSORS:,}",
+    "dimensions": f"{tensors.MAX_DIMENSIONS}",
+    "tensor name": f"{tensors.MAX_NAME} characters",
+    "quote of a refused message": f"{QUOTED_BYTES // KIB} KiB",
+    "listed in one record": f"{ledger.MOST_LISTED:,}",
+    "one TrainRound for all": f"{FANOUT} participants",
+}
+
 
 def _wire_limits(_: str, meanings: Meanings) -> str:
-    limits: dict[str, int] = {
-        "frame": wire.MAX_FRAME_BYTES,
-        "header": wire.MAX_HEADER_BYTES,
-        "header from a participant": wire.FROM_PARTICIPANT.header_bytes,
-        "items from a participant": wire.FROM_PARTICIPANT.items,
-        "chunks of a payload": messages.MAX_ITEMS,
-        "chunks in flight": payloads.WINDOW,
-        "payload": messages.MAX_MODEL_BYTES,
-        "manifest": tensors.MAX_MANIFEST_BYTES,
-        "tensors": tensors.MAX_TENSORS,
-        "dimensions": tensors.MAX_DIMENSIONS,
-        "tensor name": tensors.MAX_NAME,
-        "quoted of a refused message": QUOTED_BYTES,
-        "lines of the ledger per record": ledger.MOST_LISTED,
-        "participants with one shared TrainRound": FANOUT,
-    }
-    rows = [(_code(name), _size(value), meanings.get(_code(name), UNWRITTEN)) for name, value in limits.items()]
+    rows = [(_code(name), value, _kept(meanings, name)) for name, value in WIRE_LIMITS.items()]
     return _table(("Limit", "Value", "Meaning"), rows)
-
-
-def _size(value: int) -> str:
-    for unit, step in (("TiB", 1 << 40), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if value >= step and value % step == 0:
-            return f"{value // step:,} {unit if value != messages.MAX_ITEMS else '× 2^20'}"
-    return f"{value:,}"
 
 
 def _dtypes(_: str, __: Meanings) -> str:
     rows = [(_code(code), _code(dtype.name), str(dtype.itemsize)) for code, dtype in tensors.DTYPES.items()]
-    return _table(("Code", "numpy", "Bytes"), rows)
+    return _table(("Code", "In numpy", "Bytes"), rows)
 
 
 def _topology(_: str, meanings: Meanings) -> str:
@@ -222,20 +202,12 @@ def _topology(_: str, meanings: Meanings) -> str:
     declared: list[Declaration] = [
         *names.aggregator_declarations(),
         *names.inbox_declarations("p"),
-        *names.outbox_declarations("p", topology.MEBI),
-        *names.model_declarations("run", topology.MEBI),
+        *names.outbox_declarations("p", MIB),
+        *names.model_declarations("run", MIB),
     ]
     bound = [thing for thing in declared if isinstance(thing, Binding)]
-    rows = [
-        (
-            _code(_public(thing.name)),
-            _kind(thing),
-            _bindings(thing.name, bound),
-            meanings.get(_code(_public(thing.name)), UNWRITTEN),
-        )
-        for thing in declared
-        if not isinstance(thing, Binding)
-    ]
+    things = [(_public(thing.name), thing) for thing in declared if not isinstance(thing, Binding)]
+    rows = [(_code(name), _kind(thing), _bindings(thing, bound), _kept(meanings, name)) for name, thing in things]
     return _table(("Name", "Kind", "Bound to", "Meaning"), rows)
 
 
@@ -244,18 +216,18 @@ def _kind(thing: Exchange | Queue | Stream) -> str:
         return "topic exchange"
     if isinstance(thing, Stream):
         return "stream"
-    notes = {
-        "single active consumer": thing.single_active_consumer,
-        f"delivery limit {thing.delivery_limit}": thing.delivery_limit,
-        f"at most {thing.max_length:,} messages" if thing.max_length else "": thing.max_length,
-        f"expires unused after {thing.expires_s / 86400:g} days" if thing.expires_s else "": thing.expires_s,
-    }
-    kind = "quorum queue" if thing.replicated else "durable queue"
-    return ", ".join([kind, *(note for note, there in notes.items() if there)])
+    notes = ["quorum queue" if thing.replicated else "durable queue"]
+    notes += ["single active consumer"] if thing.single_active_consumer else []
+    notes += [f"delivery limit {thing.delivery_limit:,}"] if thing.delivery_limit else []
+    notes += [f"length limit {thing.max_length:,}"] if thing.max_length else []
+    notes += [f"expires after {thing.expires_s / 86400:g} days unused"] if thing.expires_s else []
+    return ", ".join(notes)
 
 
-def _bindings(name: str, bound: Sequence[Binding]) -> str:
-    return ", ".join(_code(f"{_public(b.exchange)} {_public(b.pattern)}") for b in bound if b.destination == name)
+def _bindings(thing: Exchange | Queue | Stream, bound: Sequence[Binding]) -> str:
+    mine = [binding for binding in bound if binding.destination == thing.name]
+    keys = ", ".join(_code(_public(binding.pattern)) for binding in mine)
+    return f"{_code(_public(mine[0].exchange))} with {keys}" if mine else ""
 
 
 def _public(name: str) -> str:
@@ -268,15 +240,18 @@ def _public(name: str) -> str:
 
 
 def _settings(section: str, _: Meanings) -> str:
-    chosen = [s for s in settings() if (s.name.partition(".")[0] if "." in s.name else "task") == section]
     limits = dict(_setting_limits(Config))
     rows = [
         (
-            _code(setting.name), _setting_type(setting, limits[setting.name]), _setting_default(setting),
-            _code(setting.flag) if setting.flag else "", setting.description.replace("|", "\\|"),
+            _code(setting.name),
+            _setting_type(setting, limits[setting.name]),
+            _setting_default(setting),
+            _code(setting.flag) if setting.flag else "",
+            setting.description.replace("|", "\\|"),
         )
-        for setting in chosen
-    ]  # fmt: skip
+        for setting in settings()
+        if setting.name.partition(".")[0] == section
+    ]
     return _table(("Setting", "Type", "Default", "Flag", "Meaning"), rows)
 
 
@@ -289,9 +264,8 @@ def _setting_limits(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[
 
 
 def _setting_type(setting: Setting, limits: list[str]) -> str:
-    shown = " or ".join(map(_code, setting.type.split("|"))) if "|" in setting.type else setting.type
-    numbers = [limit for limit in limits if not limit.startswith("as ")] if not setting.is_text else []
-    return ", ".join([shown, *numbers])
+    kind = " or ".join(map(_code, setting.type.split("|"))) if "|" in setting.type else setting.type
+    return ", ".join([kind, *(limits if not setting.is_text else [])])
 
 
 def _setting_default(setting: Setting) -> str:
@@ -314,10 +288,6 @@ def _task_defaults(_: str, __: Meanings) -> str:
 # -- commands ----------------------------------------------------------------------------------------------------
 
 
-def _commands(_: str, __: Meanings) -> str:
-    return "\n".join(_command(path, command) for path, command in commands())
-
-
 def commands() -> Iterator[tuple[str, click.Command]]:
     """Every command with its full name, groups before what they hold."""
     yield from _below("fluffle", cli)
@@ -330,15 +300,26 @@ def _below(path: str, command: click.Command) -> Iterator[tuple[str, click.Comma
             yield from _below(f"{path} {name}", below)
 
 
+def _commands(_: str, __: Meanings) -> str:
+    return "\n".join(_command(path, command) for path, command in commands())
+
+
 def _command(path: str, command: click.Command) -> str:
     context = click.Context(command, info_name=path, max_content_width=1000)
     usage = " ".join([path, *command.collect_usage_pieces(context)])
-    text = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
-    options = [record for p in command.get_params(context) if (record := p.get_help_record(context))]
-    rows = [(_code(names), " ".join(meaning.split()).replace("|", "\\|")) for names, meaning in options]
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in (command.help or "").split("\n\n"))
+    rows = list(_options(command, context))
     if isinstance(command, click.Group):
         rows += [(_code(name), below.get_short_help_str(200)) for name, below in sorted(command.commands.items())]
-    return f"## {path}\n\n```text\n{usage}\n```\n\n{text}\n\n{_table(('Option or command', 'Meaning'), rows)}"
+    table = f"\n{_table(('Option or command', 'Meaning'), rows)}" if rows else ""
+    return f"## {path}\n\n```text\n{usage}\n```\n\n{text}\n{table}"
+
+
+def _options(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
+    for option in command.params:
+        record = option.get_help_record(context) if isinstance(option, click.Option) else None
+        if record is not None:
+            yield _code(record[0]), " ".join(record[1].split()).replace("|", "\\|")
 
 
 KINDS: dict[str, Callable[[str, Meanings], str]] = {

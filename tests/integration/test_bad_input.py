@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import re
+import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ import pytest
 from aggregator.daemon import Surroundings
 from aggregator.history import RoundReport
 from broker import tensors
+from broker.errors import AccessRefused
 from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
-from broker.messages import Barrier, Join, Leave, Rejected, TrainRound, UpdateReady, Where
-from broker.payloads import describe
+from broker.messages import Barrier, Chunk, Join, Leave, Rejected, TrainRound, UpdateReady, Where
+from broker.payloads import describe, piece
 from broker.tensors import Arrays, Buffer
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Inbox, Transport
@@ -90,10 +92,10 @@ class Seen:
 
 
 async def attacked(
-    directory: Path, act: Act, broker: MemoryBroker | None = None, size: int = 7, **sections
+    directory: Path, act: Act, broker_: MemoryBroker | None = None, size: int = 7, **sections
 ) -> Seen:
     """A run of three honest participants and one that does `act` when it is asked, and then leaves."""
-    broker = broker or MemoryBroker(TOPOLOGY.access)
+    broker = broker_ or MemoryBroker(TOPOLOGY.access)
     aggregator = await broker.connect(AGGREGATOR, purpose="audit")
     await aggregator.declare(*TOPOLOGY.aggregator_declarations())
     federation = Federation(broker, directory, names(3), size)
@@ -227,7 +229,9 @@ async def test_it_is_refused_with_the_reason_and_the_run_goes_on(
 
     seen = await attacked(tmp_path, act)
     check(seen, [reason], undisturbed)
-    assert seen.rejected[0][1] == forged[0][: 64 << 10]  # what was refused can be looked at
+    quoted = seen.rejected[0][1]  # what was refused can be looked at
+    assert forged[0].startswith(quoted)
+    assert len(quoted) >= min(len(forged[0]), 1000)
 
 
 async def test_the_ledger_says_which_task_was_refused(undisturbed: HeadRecord, tmp_path: Path) -> None:
@@ -238,3 +242,149 @@ async def test_the_ledger_says_which_task_was_refused(undisturbed: HeadRecord, t
     seen = await attacked(tmp_path, act)
     check(seen, ["not finite", "FLF"], undisturbed)
     assert [line.task for line in seen.ledger if line.verdict == "refused"] == [1, 0]
+
+
+async def test_a_refused_update_may_be_sent_again_and_then_counts(tmp_path: Path) -> None:
+    async def act(hostile: Hostile) -> None:
+        await hostile.say("update", hostile.with_arrays(w=np.full(7, np.nan, F32)))
+        await hostile.say("update", hostile.with_arrays())
+        await hostile.say("update", hostile.with_arrays())
+
+    seen = await attacked(tmp_path, act)
+    assert [line.verdict for line in seen.ledger if line.participant == BAD][:2] == ["refused", "counted"]
+    assert (seen.reports[0].accepted, seen.reports[0].rejected) == (4, 1)
+
+
+async def test_updates_of_a_later_run_count_whatever_was_refused_before(
+    undisturbed: HeadRecord, tmp_path: Path
+) -> None:
+    """A worker that comes from another run, with high task numbers, is not locked out of this one."""
+
+    async def act(hostile: Hostile) -> None:
+        await hostile.say("update", hostile.frame(run_id="run-0", task=900))
+        await hostile.say("update", hostile.frame(run_id="run-0"))
+        await hostile.say("update", hostile.with_arrays())
+
+    seen = await attacked(tmp_path, act)
+    assert [line.verdict for line in seen.ledger if line.participant == BAD] == ["refused", "refused", "counted"]
+    assert seen.reports[0].accepted == 4
+
+
+# -- chunks ---------------------------------------------------------------------------------------------------
+
+SIZE = 1000  # values: about four chunks
+
+
+def chunk_frames(blob: Buffer, where: Where) -> list[bytes]:
+    pieces = [bytes(blob[piece(where, index)]) for index in range(where.chunks)]
+    return [encode(Chunk(of=where.sha256, index=i, crc32=zlib.crc32(p)), p) for i, p in enumerate(pieces)]
+
+
+def nothing_lost(frames: list[bytes]) -> list[bytes]:
+    return frames
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "reason"),
+    [
+        pytest.param(lambda f: f[1:], {}, "1 of 4 chunks of .* are missing", id="a chunk misses"),
+        pytest.param(lambda f: [], {}, "4 of 4 chunks of .* are missing", id="all chunks miss"),
+        pytest.param(lambda f: [f[0][:-1], *f[1:]], {}, "chunk 0 of .* is damaged", id="a short chunk"),
+        pytest.param(lambda f: [f[0] + b"x", *f[1:]], {}, "chunk 0 of .* is damaged", id="a long chunk"),
+        pytest.param(lambda f: [b"garbage"], {}, "4 of 4 chunks of .* are missing", id="garbage"),
+        pytest.param(nothing_lost, {"sha256": "f" * 64}, "chunks of f* are missing", id="another digest"),
+        pytest.param(nothing_lost, {"chunks": 1 << 20}, "impossible", id="absurdly many chunks"),
+        pytest.param(nothing_lost, {"chunks": 0}, "has no outbox|impossible", id="no chunks"),
+        pytest.param(nothing_lost, {"size_bytes": 1 << 40}, "is above the model's", id="absurdly large"),
+        pytest.param(nothing_lost, {"size_bytes": 4096}, "is damaged", id="another size"),
+    ],
+)
+async def test_bad_chunks_are_refused_with_the_reason_and_the_run_goes_on(
+    change: Callable[[list[bytes]], list[bytes]],
+    fields: dict[str, object],
+    reason: str,
+    undisturbed_large: HeadRecord,
+    tmp_path: Path,
+) -> None:
+    blob = tensors.encode({"w": np.zeros(SIZE, F32), "steps": np.zeros((), np.int64)})
+    where = describe(blob, 0, 1100)
+
+    async def act(hostile: Hostile) -> None:
+        for frame in change(chunk_frames(blob, where)):
+            await hostile.say("chunk", frame)
+        await hostile.say("update", encode(hostile.update(body=where.model_copy(update=fields))))
+
+    check(await attacked(tmp_path, act, size=SIZE, broker=CHUNKED), [reason], undisturbed_large)
+
+
+async def test_garbage_in_its_outbox_does_not_spoil_what_comes_after(tmp_path: Path) -> None:
+    blob = tensors.encode({"w": np.zeros(SIZE, F32), "steps": np.zeros((), np.int64)})
+    where = describe(blob, 0, 1100)
+
+    async def act(hostile: Hostile) -> None:
+        for frame in (b"garbage", b"FLF\x02 of another version", *chunk_frames(blob, where)):
+            await hostile.say("chunk", frame)
+        await hostile.say("update", encode(hostile.update(body=where)))
+
+    seen = await attacked(tmp_path, act, size=SIZE, broker=CHUNKED)
+    assert [line.verdict for line in seen.ledger if line.participant == BAD] == ["counted"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_large(tmp_path_factory: pytest.TempPathFactory) -> HeadRecord:
+    federation = Federation(MemoryBroker(TOPOLOGY.access), tmp_path_factory.mktemp("large"), names(3), SIZE)
+    return asyncio.run(federation.run(settings(3, rounds=2, broker=CHUNKED)))
+
+
+# -- what the broker does not even let pass, and floods -------------------------------------------------------
+
+
+async def test_the_broker_lets_nobody_speak_as_another_or_read_what_is_not_for_it(tmp_path: Path) -> None:
+    broker = MemoryBroker(TOPOLOGY.access)
+    refused = 0
+
+    async def act(hostile: Hostile) -> None:
+        nonlocal refused
+        me, frame = hostile.connection, hostile.frame(participant="p01")
+        for forbidden in (
+            lambda: me.publish(TOPOLOGY.up, "p01.update", frame),
+            lambda: me.publish(TOPOLOGY.up, "p01.chunk", frame),
+            lambda: me.publish(TOPOLOGY.down, "all", frame),
+            lambda: me.publish("", TOPOLOGY.updates, frame),
+            lambda: me.publish("", TOPOLOGY.head, encode(HeadRecord(epoch=99))),
+            lambda: me.publish("", TOPOLOGY.outbox("p01"), frame),
+            lambda: me.publish("", TOPOLOGY.inbox("p01"), frame),
+            lambda: me.consume(TOPOLOGY.head),
+            lambda: me.consume(TOPOLOGY.inbox("p01")),
+            lambda: me.read(TOPOLOGY.updates, offset="first"),
+            lambda: me.delete(TOPOLOGY.updates),
+        ):
+            with pytest.raises(AccessRefused):
+                await forbidden()
+            refused += 1
+
+    seen = await attacked(tmp_path, act, broker_=broker)
+    assert refused == 11
+    assert seen.rejected == []
+    assert [report.accepted for report in seen.reports] == [3, 3]
+
+
+@pytest.mark.parametrize("honest", [False, True], ids=["garbage", "duplicates"])
+async def test_a_flood_is_counted_and_keeps_the_record_small(
+    honest: bool, undisturbed: HeadRecord, tmp_path: Path
+) -> None:
+    broker = MemoryBroker(TOPOLOGY.access)
+    many = 30_000
+
+    async def act(hostile: Hostile) -> None:
+        frame = hostile.frame(run_id="run-0") if honest else b"\xf0\x9f\x90\x87" * 20
+        for _ in range(many):
+            await hostile.say("update", frame)
+
+    seen = await attacked(tmp_path, act, broker_=broker)
+    assert seen.head.finished
+    assert [report.accepted for report in seen.reports] == [3, 3]
+    assert seen.reports[0].rejected == many
+    assert seen.head.model == undisturbed.model
+    assert broker.stats().queues[TOPOLOGY.head].published_bytes < 1 << 20
+    assert len(seen.rejected) <= 10_000

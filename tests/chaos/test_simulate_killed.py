@@ -1,0 +1,48 @@
+"""`fluffle simulate`, killed with SIGKILL in the middle and resumed from its run directory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = (sys.executable, "-c", "from fluffle.cli import main; main()", "simulate")
+SETTINGS = ("digits", "--participants", "4", "--rounds", "12", "--set", "run.id=killed")
+
+
+def simulate(directory: Path, *arguments: str) -> dict[str, object]:
+    """Runs to the end and returns what `--json` wrote."""
+    target = directory.parent / f"{directory.name}.json"
+    command = (*COMMAND, *arguments, "--run-dir", str(directory), "--json", str(target))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, object] = json.loads(target.read_text())
+    return result
+
+
+def kill_at_version(directory: Path, version: int) -> None:
+    """Starts a run and kills it once the checkpoint of that version is there."""
+    command = (*COMMAND, *SETTINGS, "--run-dir", str(directory))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (directory / "checkpoints" / f"v{version:06d}.json").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("version", [1, 7])
+def test_a_killed_simulation_resumes_to_the_same_bits(tmp_path: Path, version: int) -> None:
+    undisturbed = simulate(tmp_path / "undisturbed", *SETTINGS)
+    kill_at_version(tmp_path / "killed", version)
+    resumed = simulate(tmp_path / "killed", "--resume")
+    assert resumed["model_sha256"] == undisturbed["model_sha256"]
+    assert resumed["rounds"] == 12
+    assert [row["round"] for row in resumed["history"]] == list(range(1, 13))  # type: ignore[attr-defined]
