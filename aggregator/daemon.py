@@ -21,12 +21,13 @@ from aggregator.announcer import Announcer, reply_to
 from aggregator.archive import Archive, report_of
 from aggregator.history import RoundReport
 from aggregator.intake import Intake, check_sender
+from aggregator.judge import judge, weight_of
 from aggregator.lead import Lead
 from aggregator.ledger import Ledger, weighted_means
 from aggregator.models import Models
 from aggregator.progress import best_of, evaluation_due
 from aggregator.registry import Registry
-from aggregator.round import Round, Step, judge, weight_of
+from aggregator.round import Round, Step
 from aggregator.strategies import make_strategy
 from aggregator.takeover import Job, Takeover, commit
 from broker import tensors
@@ -249,8 +250,8 @@ class Term:
 
     async def _refuse(self, delivery: Delivery, message: Message | None, reason: str) -> None:
         """Nothing that was accepted is touched; the reason goes to the ledger, the log and the rejected queue."""
-        own = isinstance(message, UpdateReady) and message.participant == delivery.sender
-        task = message.task if own and isinstance(message, UpdateReady) else 0
+        update = message if isinstance(message, UpdateReady) and message.participant == delivery.sender else None
+        task = update.task if update and update.run_id == self.head.run_id else 0
         answers = self.round is not None and task == self.round.open.task
         self.ledger.refused(delivery.sender, task, delivery.offset, reason, settles=answers)
         if self.round and answers:

@@ -14,7 +14,7 @@ from aggregator.settings import BrokerSettings
 from broker.errors import BadMessage, ConnectionLost, StateError, TransportError
 from broker.messages import Barrier, FromParticipant, Message, UpdateReady, Where
 from broker.offload import off_loop
-from broker.payloads import Assembly, collect, verify
+from broker.payloads import MIN_CHUNK_BYTES, Assembly, collect, verify
 from broker.retry import publish
 from broker.tensors import Arrays, Buffer, check_like, decode
 from broker.topology import Topology
@@ -83,6 +83,8 @@ class Intake:
         """All chunks were confirmed before the update was announced, so a barrier ends the search for them."""
         if participant not in self._read_to or not where.chunks or not where.size_bytes:
             raise BadMessage(f"{participant} has no outbox: updates here travel inline")
+        if where.chunks > -(-where.size_bytes // MIN_CHUNK_BYTES):
+            raise BadMessage(f"{where.size_bytes} bytes in {where.chunks} chunks are impossible")
         outbox = self._topology.outbox(participant)
         buffer = scratch(self._scratch, where.size_bytes)
         barrier = Barrier(nonce=secrets.token_hex(8))

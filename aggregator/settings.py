@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from broker.messages import Federation, Part, RunId, Settings, Word
+from broker.payloads import MIN_CHUNK_BYTES
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -100,7 +101,7 @@ class BrokerSettings(Part):
     liveness_s: Annotated[float, Field(gt=0, description="a participant unheard for longer is not asked")] = 60.0
     patience_s: Annotated[float, Field(gt=0, description="how long the broker may take to answer")] = 30.0
     inline_bytes: Annotated[int, Field(ge=0, le=1 << 22, description="larger payloads go in chunks")] = 256 << 10
-    chunk_bytes: Annotated[int, Field(ge=1024, le=4 << 20, description="size of a chunk")] = 1 << 20
+    chunk_bytes: Annotated[int, Field(ge=MIN_CHUNK_BYTES, le=4 << 20, description="size of a chunk")] = 1 << 20
     refresh_s: Annotated[float, Field(gt=0, description="how often an idle leader republishes its record")] = 240.0
 
 

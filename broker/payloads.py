@@ -20,6 +20,7 @@ from broker.tensors import Buffer
 from broker.transport import Delivery, Inbox, Transport
 from broker.wire import FROM_PARTICIPANT, decode, encode
 
+MIN_CHUNK_BYTES = 1024  # nobody may cut finer
 WINDOW = 4  # chunks in flight: more gains nothing and costs repeats after a cut
 
 

@@ -7,6 +7,7 @@ while a page is out of date.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -161,9 +162,11 @@ def _message(name: str, meanings: Meanings) -> str:
 
 
 def _default(info: FieldInfo) -> str:
-    shown = {"None": "nil", "False": "false", "True": "true", "()": "[]", "''": '""'}
-    text = repr(info.default).replace("'delta'", '"delta"')
-    return "required" if info.is_required() else shown.get(text, text)
+    if info.is_required():
+        return "required"
+    shown = {None: "nil", False: "false", True: "true", (): "[]"}
+    is_plain = isinstance(info.default, str | int | float | dict) and not isinstance(info.default, bool)
+    return json.dumps(info.default) if is_plain else shown[info.default]
 
 
 # -- limits and names --------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from aggregator.history import History, RoundReport
 from aggregator.settings import BrokerSettings, EvaluationSettings, RoundSettings, RunSettings, StopSettings
 from aggregator.takeover import Job
 from broker.head import Decision, HeadRecord
+from broker.memory import MemoryBroker
 from broker.tensors import Arrays
 from broker.topology import Topology
 from broker.transport import Broker
@@ -79,12 +80,13 @@ class Federation:
     tasks: dict[str, Pull] = field(default_factory=dict)
     journals: dict[str, MemoryJournal] = field(default_factory=dict)
     reports: list[RoundReport] = field(default_factory=list)
+    _closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def job(self, run: RunSettings, **options: object) -> Job:
         return Job(run, initial=Pull("p00", self.size).initial, **options)  # type: ignore[arg-type]
 
     def aggregator(self, run: RunSettings, around: Surroundings | None = None, **options: object) -> Aggregator:
-        around = around or Surroundings(on_report=self.reports.append)
+        around = around or Surroundings(on_report=self.on_report)
         return Aggregator(self.job(run, **options), self.broker, self.directory, around)
 
     def worker(
@@ -94,6 +96,27 @@ class Federation:
         journal = self.journals.setdefault(name, MemoryJournal())
         settings = WorkerSettings(self.heartbeat_s, patience_s=5.0, retry_s=0.2, sizes=self.sizes, lag_s=lag_s)
         return Worker(Site(name, task, journal), broker or self.broker, Topology("default"), settings)
+
+    def on_report(self, report: RoundReport) -> None:
+        self.reports.append(report)
+        self._closed.set()
+
+    async def closed(self, count: int) -> None:
+        """Returns once so many rounds and evaluations closed."""
+        while len(self.reports) < count:
+            self._closed.clear()
+            await self._closed.wait()
+
+    @asynccontextmanager
+    async def crowd(self) -> AsyncIterator[Crowd]:
+        """Workers that come and go one by one; who is still there when the block ends is stopped."""
+        async with asyncio.TaskGroup() as group:
+            crowd = Crowd(self, group)
+            try:
+                yield crowd
+            finally:
+                for worker in crowd.workers.values():
+                    worker.stop()
 
     @asynccontextmanager
     async def workers(self) -> AsyncIterator[list[Worker]]:
@@ -119,3 +142,34 @@ class Federation:
         """One undisturbed run."""
         async with self.workers():
             return await self.aggregator(run, **options).run()
+
+
+@dataclass
+class Crowd:
+    """Workers, each running in a task of its own."""
+
+    federation: Federation
+    group: asyncio.TaskGroup
+    workers: dict[str, Worker] = field(default_factory=dict)
+    running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+
+    def start(self, *participants: str, lag_s: float = 0.0) -> None:
+        """Starts a worker for each, or another one after the first is gone. `lag_s`: how long it seems to train."""
+        for name in participants:
+            worker = self.workers[name] = self.federation.worker(name, lambda trained_s: lag_s)
+            self.running[name] = self.group.create_task(worker.run(), name=name)
+
+    async def stop(self, name: str) -> None:
+        """Asks a worker to stop and waits until it has."""
+        self.workers[name].stop()
+        await self.running[name]
+
+    async def vanish(self, name: str) -> None:
+        """The process is killed: its connections break and nothing more comes from it."""
+        assert isinstance(self.federation.broker, MemoryBroker)
+        for connection in self.federation.broker.connections:
+            if connection.user == name:
+                connection.abort()
+        del self.workers[name]
+        self.running[name].cancel()
+        await asyncio.wait([self.running.pop(name)])

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.round import Round, Step, deadline_s, judge, weight_of
+from aggregator.judge import judge, weight_of
+from aggregator.round import Round, Step, deadline_s
 from aggregator.settings import RoundSettings
 from broker.head import HeadRecord, OpenRound
 from broker.messages import UpdateReady, Where
