@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from broker.errors import AccessRefused, ConnectionLost, TransportError
-from broker.memory_store import BrokerStats, Consumer, Reader, Store, StoreInbox
+from broker.inbox import WaitingInbox
+from broker.memory_store import BrokerStats, Consumer, Reader, Store
 from broker.topology import Access
 from broker.transport import Binding, Declaration, Inbox, StreamOffset
 
@@ -69,7 +70,7 @@ class MemoryTransport:
         self._store = broker.store
         self._guard = guard
         self._may_publish = lru_cache(PERMISSIONS_KEPT)(guard.publish)
-        self._inboxes: list[StoreInbox] = []
+        self._inboxes: list[WaitingInbox] = []
         self._lost = ""
 
     async def declare(self, *things: Declaration) -> None:
@@ -108,7 +109,7 @@ class MemoryTransport:
         """Cuts the connection, as if the network had failed."""
         self._broker.cut([self], "the connection was cut: connect again")
 
-    def lose(self, why: str) -> list[StoreInbox]:
+    def lose(self, why: str) -> list[WaitingInbox]:
         """Ends the connection; its inboxes are left for the broker to end."""
         self._lost = self._lost or f"{self.user} {self.purpose}: {why}"
         inboxes, self._inboxes = self._inboxes, []
@@ -120,7 +121,7 @@ class MemoryTransport:
         if self._lost:
             raise ConnectionLost(self._lost)
 
-    def _keep(self, inbox: StoreInbox) -> Inbox:
+    def _keep(self, inbox: WaitingInbox) -> Inbox:
         self._inboxes = [*(i for i in self._inboxes if not i.ended), inbox]
         return inbox
 

@@ -1,12 +1,47 @@
-"""What every test gets: shipped data only, and an event loop on which a blocking call fails the test."""
+"""What every test gets: shipped data only, and an event loop on which a blocking call fails the test.
+
+And what tests may ask for: `rabbit`, a real broker.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from blockbuster import blockbuster_ctx
+from yarl import URL
+
+from tests.rabbit_node import Node, Rabbit, installed
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup` a file stays in one process, and so does everything that needs RabbitMQ."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
+@pytest.fixture(scope="session")
+def rabbit() -> Iterator[Rabbit]:
+    """The broker that FLUFFLE_AMQP_URL names, else a private one on this machine."""
+    if url := os.environ.get("FLUFFLE_AMQP_URL"):
+        yield Rabbit(URL(url))
+        return
+    if not installed():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
+            "RabbitMQ is not installed: `make rabbitmq` gets it, or name one in FLUFFLE_AMQP_URL"
+        )
+    directory = Path(tempfile.mkdtemp(prefix="fluffle-rabbit-"))
+    node = Node.create(directory)
+    try:
+        node.start()
+        yield Rabbit(URL.build(scheme="amqp", host="127.0.0.1", port=node.port, path="/"), node)
+    finally:
+        node.end()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,4 +1,4 @@
-"""The adapters that are held to the contract. Every test has a federation of its own, named by chance.
+"""The adapters that are held to the contract. Every test has a federation of its own.
 
 An adapter's broker enforces `Topology.access` for the users `aggregator`, `p-1` and `p-2`, so every name in a
 contract test begins with `fl.<federation>.`.
@@ -18,15 +18,23 @@ from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Transport
 
 
+@pytest.fixture(params=["memory", pytest.param("rabbitmq", marks=pytest.mark.xdist_group("rabbitmq"))])
+def adapter(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture
-def topology() -> Topology:
+def topology(adapter: str, request: pytest.FixtureRequest) -> Topology:
+    if adapter == "rabbitmq":
+        return request.getfixturevalue("rabbit").topology()
     return Topology(f"t-{uuid4().hex[:12]}")
 
 
-@pytest.fixture(params=["memory"])
-def broker(request: pytest.FixtureRequest, topology: Topology) -> Broker:
-    adapters = {"memory": lambda: MemoryBroker(topology.access)}
-    return adapters[request.param]()
+@pytest.fixture
+def broker(adapter: str, request: pytest.FixtureRequest, topology: Topology) -> Broker:
+    if adapter == "rabbitmq":
+        return request.getfixturevalue("rabbit").broker()
+    return MemoryBroker(topology.access)
 
 
 @pytest.fixture

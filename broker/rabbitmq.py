@@ -1,0 +1,455 @@
+"""RabbitMQ behind the seam of `broker/transport.py`: plain connections, and nothing that heals itself.
+
+RabbitMQ closes a channel on every refusal. So each request has a channel of its own, each consumer keeps one,
+and the publishing one is opened again after an error: a refusal costs whoever caused it, never the connection.
+
+It speaks aiormq, the protocol layer of aio-pika: aio-pika 10.2 keeps every channel that was ever opened, with
+all that its consumer holds, for as long as the connection lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import aiormq
+from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
+from aiormq.exceptions import (
+    AMQPError,
+    ChannelAccessRefused,
+    ChannelInvalidStateError,
+    ChannelNotFoundEntity,
+    ProbableAuthenticationError,
+    PublishError,
+)
+from yarl import URL
+
+from broker.errors import AccessRefused, ConfigError, ConnectionLost, PublishFailed, TransportError, Unroutable
+from broker.inbox import WaitingInbox
+from broker.transport import Binding, Declaration, Delivery, Exchange, Inbox, Queue, Stream, StreamOffset
+
+OLDEST_VERSION = (3, 10)  # the first whose streams and quorum queues do what is asked of them here
+PERSISTENT = 2
+# A quorum queue without a limit puts what comes back behind all the others; RabbitMQ 4 gives up after 20 times.
+NO_DELIVERY_LIMIT = 1_000_000
+CLOSE_S = 5.0  # for the farewell; after that the broker finds out by itself
+RETRY_S = 0.5  # between attempts to reach a queue that a restarted broker has not found yet
+
+Result = TypeVar("Result")
+Arguments = dict[str, Any]  # of AMQP: strings, numbers, booleans
+
+
+@dataclass(frozen=True, slots=True)
+class RabbitSettings:
+    """Waits on the way to RabbitMQ. A dead connection is noticed after about three heartbeats."""
+
+    heartbeat_s: int = 10
+    patience_s: float = 30.0  # for an answer to anything but a publish, which has its own time-out
+    restart_s: float = 30.0  # for a restarted broker to find its queues again
+
+
+class RabbitBroker:
+    """A RabbitMQ at `amqp[s]://user:password@host:port/vhost`.
+
+    In production every process has an address with a user of its own, whose name is the participant's, or
+    `aggregator`. Where one process plays several (tests, simulation), `passwords` knows the password of each.
+    """
+
+    def __init__(
+        self, url: str, passwords: Callable[[str], str] | None = None, settings: RabbitSettings | None = None
+    ) -> None:
+        # Whatever fails reaches the caller as an error; aiormq would tell the same again, with tracebacks.
+        logging.getLogger("aiormq").setLevel(logging.CRITICAL)
+        self._url = URL(url)
+        self._passwords = passwords
+        self._settings = settings or RabbitSettings()
+
+    async def connect(self, user: str, *, purpose: str) -> RabbitTransport:
+        """Raises AccessRefused for a wrong password, and ConfigError if this broker or address will never do."""
+        url, name = self._address(user), f"{user} {purpose}"
+        where = f"{name}: {url.host}:{url.port or url.scheme}"
+        try:
+            async with asyncio.timeout(self._settings.patience_s):
+                connection = await aiormq.connect(url, client_properties={"connection_name": name})
+        except ProbableAuthenticationError as error:
+            raise AccessRefused(
+                f"{where} refused user or password ({_text(error)}): correct the address"
+            ) from error
+        except (AMQPError, OSError, TimeoutError, EOFError) as error:
+            raise ConnectionLost(
+                f"{where} cannot be reached or refused the connection ({_text(error)}): is RabbitMQ running there, "
+                f"and may {user!r} use virtual host {url.path!r}?"
+            ) from error
+        try:
+            check_broker(connection.server_properties)
+        except ConfigError:
+            await connection.close()
+            raise
+        return RabbitTransport(connection, user, name, self._settings)
+
+    def _address(self, user: str) -> URL:
+        url = self._url.update_query(heartbeat=self._settings.heartbeat_s)
+        if self._passwords is not None:
+            return url.with_user(user).with_password(self._passwords(user))
+        if url.user != user and url.query.get("auth", "").upper() != "EXTERNAL":
+            raise ConfigError(
+                f"the broker's address is that of user {url.user!r}, but this is {user!r}: RabbitMQ vouches for "
+                f"names, so give {user!r} an address with a user of that name"
+            )
+        return url
+
+
+def check_broker(properties: Arguments) -> None:
+    """Raises ConfigError unless this is a RabbitMQ that can do what is asked of it."""
+    product, version = str(properties.get("product")), str(properties.get("version"))
+    number = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if product != "RabbitMQ" or number < OLDEST_VERSION:
+        oldest = ".".join(map(str, OLDEST_VERSION))
+        raise ConfigError(f"the broker is {product} {version}: Fluffle needs RabbitMQ {oldest} or newer")
+
+
+class RabbitTransport:
+    """A connection to RabbitMQ."""
+
+    def __init__(self, connection: AbstractConnection, user: str, name: str, settings: RabbitSettings) -> None:
+        self.user = user
+        self._name = name
+        self._connection = connection
+        self._settings = settings
+        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._inboxes: set[_Inbox] = set()
+        self._publisher: AbstractChannel | None = None
+        self._opening = asyncio.Lock()
+        connection.closing.add_done_callback(self._on_closing)
+
+    async def declare(self, *things: Declaration) -> None:
+        async def declare(channel: AbstractChannel) -> None:
+            for thing in things:
+                await _declare(channel, thing)
+
+        await self._request("declare", partial(self._briefly, declare))
+
+    async def publish(self, exchange: str, key: str, body: bytes, *, timeout_s: float = 10.0) -> None:
+        where = f"exchange {exchange!r} with key {key!r}" if exchange else f"{key!r}"
+        try:
+            await self.call(self._publish(exchange, key, body), timeout_s)
+        except TimeoutError as error:
+            raise PublishFailed(
+                f"{where} was not confirmed within {timeout_s:g} s: is RabbitMQ short of memory or disk?"
+            ) from error
+        except PublishError as error:
+            raise Unroutable(
+                f"no queue or stream takes what is published to {where}: declare and bind one first"
+            ) from error
+        except (AMQPError, ChannelInvalidStateError) as error:
+            # The channel may have been closed because of a message that was published beside this one.
+            own = _names(error, f"'{exchange or 'amq.default'}'") and (
+                not _names(error, "topic '") or _names(error, f"'{key}'")
+            )
+            raise self._refusal(error, f"publish to {where}", PublishFailed if not own else None) from error
+
+    async def consume(self, queue: str, *, prefetch: int = 0) -> Inbox:
+        return await self._open(_Consumer(self, queue, prefetch))
+
+    async def read(self, stream: str, *, offset: StreamOffset, prefetch: int = 64) -> Inbox:
+        if prefetch < 1:
+            raise TransportError(f"reading stream {stream!r} needs a prefetch of at least 1, not {prefetch}")
+        return await self._open(_Reader(self, stream, prefetch, offset))
+
+    async def delete(self, name: str) -> None:
+        async def delete(channel: AbstractChannel) -> None:
+            await channel.queue_delete(name)
+
+        await self._request("delete", partial(self._briefly, delete))
+
+    async def close(self) -> None:
+        self._lose("the connection was closed: connect again")
+        with suppress(Exception):  # it is lost for us, whatever the broker makes of it
+            async with asyncio.timeout(CLOSE_S):
+                await self._connection.close()
+
+    async def call(self, step: Coroutine[Any, Any, Result], timeout_s: float | None = None) -> Result:
+        """What the step returns or raises, unless the connection is lost before: then ConnectionLost.
+
+        aiormq may cancel a step, or leave it waiting for ever, when its connection is lost.
+        """
+        if self._lost.done():
+            step.close()
+            raise ConnectionLost(self._lost.result())
+        patience_s = self._settings.patience_s if timeout_s is None else timeout_s
+        task = asyncio.ensure_future(step)
+        task.add_done_callback(_read_outcome)
+        try:
+            await asyncio.wait((task, self._lost), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+            if task.done() and not task.cancelled() and task.exception() is None:
+                return task.result()
+            if self._lost.done() or (task.done() and not self._connection.is_opened):
+                raise ConnectionLost(
+                    self._lost.result() if self._lost.done() else f"{self._name}: {_outcome(task)}"
+                )
+            if task.cancelled():
+                raise ChannelInvalidStateError("its channel was closed")
+            if not task.done():
+                raise TimeoutError(f"no answer within {patience_s:g} s")
+            return task.result()
+        finally:
+            task.cancel()
+
+    def leave(self, inbox: _Inbox) -> None:
+        self._inboxes.discard(inbox)
+
+    def _on_closing(self, closing: asyncio.Future[Any]) -> None:
+        error = None if closing.cancelled() else closing.exception()
+        self._lose(f"the connection was lost ({_text(error)}): connect again")
+
+    def _lose(self, why: str) -> None:
+        if not self._lost.done():
+            self._lost.set_result(f"{self._name}: {why}")
+        for inbox in tuple(self._inboxes):
+            inbox.leave(why)
+
+    async def _publish(self, exchange: str, key: str, body: bytes) -> None:
+        channel = await self._publishing_channel()
+        properties = aiormq.spec.Basic.Properties(delivery_mode=PERSISTENT, user_id=self.user)
+        await channel.basic_publish(body, exchange=exchange, routing_key=key, properties=properties, mandatory=True)
+
+    async def _publishing_channel(self) -> AbstractChannel:
+        async with self._opening:
+            if self._publisher is None or self._publisher.is_closed:
+                self._publisher = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+            return self._publisher
+
+    async def _open(self, inbox: _Inbox) -> Inbox:
+        await self._request("read from", partial(inbox.open, self._connection))
+        self._inboxes.add(inbox)
+        inbox.watch()
+        return inbox
+
+    async def _briefly(self, use: Callable[[AbstractChannel], Awaitable[None]]) -> None:
+        """Uses a channel that nobody else has."""
+        channel = await self._connection.channel(publisher_confirms=False)
+        try:
+            await use(channel)
+        finally:
+            await channel.close()
+
+    async def _request(self, deed: str, request: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Makes a request, again and again while a restarted broker says that it is not ready for it."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + self._settings.restart_s
+        while True:
+            try:
+                return await self.call(request())
+            except ChannelNotFoundEntity as error:
+                if not _names(error, "home node") or clock() > until:
+                    raise self._refusal(error, deed) from error
+                await asyncio.sleep(RETRY_S)
+            except (AMQPError, ChannelInvalidStateError, TimeoutError) as error:
+                raise self._refusal(error, deed) from error
+
+    def _refusal(self, error: Exception, deed: str, kind: type[TransportError] | None = None) -> TransportError:
+        if kind is None and isinstance(error, ChannelAccessRefused):
+            return AccessRefused(
+                f"user {self.user!r} may not {deed} that ({_text(error)}): extend its permissions or connect as "
+                "another user"
+            )
+        return (kind or TransportError)(f"{self._name}: cannot {deed} that: {_text(error)}")
+
+
+async def _declare(channel: AbstractChannel, thing: Declaration) -> None:
+    match thing:
+        case Exchange():
+            await channel.exchange_declare(thing.name, exchange_type="topic", durable=True)
+        case Binding():
+            await channel.queue_bind(thing.destination, thing.exchange, thing.pattern)
+        case Queue() | Stream():
+            arguments = queue_arguments(thing) if isinstance(thing, Queue) else stream_arguments(thing)
+            await channel.queue_declare(thing.name, durable=True, arguments=arguments)
+
+
+def queue_arguments(queue: Queue) -> Arguments:
+    arguments: Arguments = {"x-queue-type": "quorum" if queue.replicated else "classic"}
+    if queue.single_active_consumer:
+        arguments["x-single-active-consumer"] = True
+    if queue.replicated:
+        arguments["x-delivery-limit"] = NO_DELIVERY_LIMIT
+    if queue.delivery_limit is not None:
+        arguments["x-delivery-limit"] = queue.delivery_limit
+    if queue.max_length is not None:
+        arguments |= {"x-max-length": queue.max_length, "x-overflow": "drop-head"}
+    if queue.expires_s is not None:
+        arguments["x-expires"] = round(1000 * queue.expires_s)
+    return arguments
+
+
+def stream_arguments(stream: Stream) -> Arguments:
+    return {
+        "x-queue-type": "stream",
+        "x-max-length-bytes": stream.max_bytes,
+        "x-stream-max-segment-size-bytes": stream.segment_bytes,
+    }
+
+
+class _Inbox(WaitingInbox):
+    """A consumer with a channel of its own."""
+
+    def __init__(self, transport: RabbitTransport, name: str, prefetch: int) -> None:
+        super().__init__()
+        self._transport = transport
+        self._name = name
+        self._prefetch = prefetch
+        self._fresh: deque[DeliveredMessage] = deque()
+        self._arguments: Arguments = {}
+        self._channel: AbstractChannel
+
+    async def open(self, connection: AbstractConnection) -> None:
+        self._channel = await connection.channel(publisher_confirms=False)
+        try:
+            if self._prefetch:
+                await self._channel.basic_qos(prefetch_count=self._prefetch)
+            self._channel.on_consumer_cancel_callbacks.add(self._on_cancel)
+            await self._channel.basic_consume(self._name, self._on_message, arguments=self._arguments)
+        except BaseException:
+            await self._channel.close()
+            raise
+
+    def watch(self) -> None:
+        """From now on a channel that closes ends this inbox."""
+        self._channel.closing.add_done_callback(self._on_closing)
+
+    async def close(self) -> None:
+        await super().close()
+        with suppress(TransportError, AMQPError, ChannelInvalidStateError, TimeoutError):
+            await self._transport.call(self._channel.close())
+
+    @property
+    def _origin(self) -> str:
+        return repr(self._name)
+
+    async def _on_message(self, message: DeliveredMessage) -> None:
+        """Awaits nothing: aiormq runs one task for each message, and a later one must not overtake."""
+        self._fresh.append(message)
+        self.wake()
+
+    def _on_cancel(self, frame: aiormq.spec.Basic.Cancel) -> None:
+        del frame
+        self.leave("it was deleted, or its node is gone: declare it again")
+
+    def _on_closing(self, closing: asyncio.Future[Any]) -> None:
+        error = None if closing.cancelled() else closing.exception()
+        self.leave(f"its channel was closed ({_text(error)}): consume or read again")
+
+    def _depart(self) -> None:
+        self._transport.leave(self)
+
+
+class _Consumer(_Inbox):
+    """An inbox on a queue."""
+
+    def __init__(self, transport: RabbitTransport, name: str, prefetch: int) -> None:
+        super().__init__(transport, name, prefetch)
+        self._unsettled: set[int] = set()
+
+    def _take(self) -> Delivery | None:
+        if not self._fresh:
+            return None
+        message = self._fresh.popleft()
+        self._unsettled.add(_tag(message))
+        before = max(int(_headers(message).get("x-delivery-count", 0)), int(bool(message.redelivered)))
+        return _delivery(message, partial(self._settle, _tag(message)), delivery_count=before)
+
+    async def _settle(self, tag: int, *, accept: bool, requeue: bool) -> None:
+        self._check()
+        if tag not in self._unsettled:
+            raise TransportError(f"a delivery from {self._origin} was settled twice: ack or reject it once")
+        self._unsettled.discard(tag)
+        try:
+            await self._transport.call(self._answer(tag, accept=accept, requeue=requeue))
+        except (AMQPError, ChannelInvalidStateError, TimeoutError) as error:
+            raise ConnectionLost(f"cannot settle a delivery from {self._origin}: {_text(error)}") from error
+
+    async def _answer(self, tag: int, *, accept: bool, requeue: bool) -> None:
+        if accept:
+            await self._channel.basic_ack(tag)
+        else:
+            await self._channel.basic_reject(tag, requeue=requeue)
+
+
+class _Reader(_Inbox):
+    """An inbox on a stream. What was taken is acked in batches: that only asks RabbitMQ for more."""
+
+    def __init__(self, transport: RabbitTransport, name: str, prefetch: int, offset: StreamOffset) -> None:
+        super().__init__(transport, name, prefetch)
+        self._arguments = {"x-stream-offset": offset}
+        self._first = offset if isinstance(offset, int) else 0
+        self._owed = 0
+        self._acks: set[asyncio.Task[None]] = set()
+
+    def _take(self) -> Delivery | None:
+        while self._fresh:
+            message = self._fresh.popleft()
+            self._acknowledge(_tag(message))
+            offset = int(_headers(message)["x-stream-offset"])
+            if offset >= self._first:  # RabbitMQ begins with a whole chunk
+                return _delivery(message, _settled, offset=offset)
+        return None
+
+    def _acknowledge(self, tag: int) -> None:
+        self._owed += 1
+        if 2 * self._owed < self._prefetch:
+            return
+        self._owed = 0
+        ack = asyncio.create_task(self._ack_up_to(tag))
+        self._acks.add(ack)
+        ack.add_done_callback(self._acks.discard)
+        ack.add_done_callback(_read_outcome)
+
+    async def _ack_up_to(self, tag: int) -> None:
+        await self._channel.basic_ack(tag, multiple=True, wait=False)
+
+    def _depart(self) -> None:
+        super()._depart()
+        for ack in self._acks:
+            ack.cancel()
+
+
+def _delivery(message: DeliveredMessage, settle: Any, *, offset: int = -1, delivery_count: int = 0) -> Delivery:
+    sender = message.header.properties.user_id or ""
+    return Delivery(message.body, message.routing_key or "", sender, settle, offset, delivery_count)
+
+
+async def _settled(*, accept: bool, requeue: bool) -> None:
+    """Streams keep their messages whatever is done with a delivery."""
+    del accept, requeue
+
+
+def _tag(message: DeliveredMessage) -> int:
+    return message.delivery_tag or 0
+
+
+def _headers(message: DeliveredMessage) -> Arguments:
+    return message.header.properties.headers or {}
+
+
+def _text(error: BaseException | None) -> str:
+    return (str(error) or repr(error)) if error else "closed"
+
+
+def _names(error: Exception, part: str) -> bool:
+    return part in str(error)
+
+
+def _outcome(task: asyncio.Future[Any]) -> str:
+    return "cancelled" if task.cancelled() else _text(task.exception())
+
+
+def _read_outcome(task: asyncio.Future[Any]) -> None:
+    """Lest asyncio complain that nobody did."""
+    if not task.cancelled():
+        task.exception()
