@@ -77,12 +77,14 @@ class Federation:
     size: int = 7
     heartbeat_s: float = 0.5
     sizes: Sizes = field(default_factory=Sizes)
+    topology: Topology = Topology("default")
     tasks: dict[str, Pull] = field(default_factory=dict)
     journals: dict[str, MemoryJournal] = field(default_factory=dict)
     reports: list[RoundReport] = field(default_factory=list)
     _closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def job(self, run: RunSettings, **options: object) -> Job:
+        run = run.model_copy(update={"federation": self.topology.federation})
         return Job(run, initial=Pull("p00", self.size).initial, **options)  # type: ignore[arg-type]
 
     def aggregator(self, run: RunSettings, around: Surroundings | None = None, **options: object) -> Aggregator:
@@ -95,7 +97,7 @@ class Federation:
         task = self.tasks.setdefault(name, Pull(name, self.size))
         journal = self.journals.setdefault(name, MemoryJournal())
         settings = WorkerSettings(self.heartbeat_s, patience_s=5.0, retry_s=0.2, sizes=self.sizes, lag_s=lag_s)
-        return Worker(Site(name, task, journal), broker or self.broker, Topology("default"), settings)
+        return Worker(Site(name, task, journal), broker or self.broker, self.topology, settings)
 
     def on_report(self, report: RoundReport) -> None:
         self.reports.append(report)
