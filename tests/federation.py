@@ -77,7 +77,7 @@ class Federation:
     size: int = 7
     heartbeat_s: float = 0.5
     sizes: Sizes = field(default_factory=Sizes)
-    topology: Topology = Topology("default")
+    topology: Topology = field(default_factory=lambda: Topology("default"))
     tasks: dict[str, Pull] = field(default_factory=dict)
     journals: dict[str, MemoryJournal] = field(default_factory=dict)
     reports: list[RoundReport] = field(default_factory=list)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,11 +15,13 @@ import pytest
 from aggregator.settings import RunSettings
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
+from broker.tensors import Arrays
 from broker.topology import Topology
 from broker.transport import Broker
-from tests.federation import Federation, names, settings
-from tests.proxy import Proxy, proxied
+from tests.federation import Federation, Pull, names, settings
+from tests.proxy import proxied
 from tests.rabbit_node import Rabbit
+from workers.task import TrainConfig, TrainResult
 
 pytestmark = [pytest.mark.xdist_group("rabbitmq"), pytest.mark.timeout(300)]
 
@@ -71,14 +75,22 @@ async def test_the_model_is_the_embedded_brokers(
     await check(federation, await federation.run(run[0]), expected)
 
 
+class Slow(Pull):
+    """Trains long enough for something to happen meanwhile."""
+
+    def train(self, arrays: Arrays, config: TrainConfig) -> TrainResult:
+        time.sleep(0.1)
+        return super().train(arrays, config)
+
+
 @asynccontextmanager
 async def after_each_round(federation: Federation, happen: Callable[[], None]) -> AsyncIterator[None]:
-    """Something happens soon after every round that closes, at another moment of the next one each time."""
+    """Something happens after every round that closes, at another moment of the next one each time."""
 
     async def watch() -> None:
         for closed in range(1, ROUNDS):
             await federation.closed(closed)
-            await asyncio.sleep(0.02 * closed)
+            await asyncio.sleep(0.04 * closed)
             happen()
 
     watching = asyncio.create_task(watch())
@@ -90,32 +102,50 @@ async def after_each_round(federation: Federation, happen: Callable[[], None]) -
 async def test_cut_connections_change_nothing(
     rabbit: Rabbit, federation: Federation, run: tuple[RunSettings, int], expected: str, who: str
 ) -> None:
+    federation.tasks = {name: Slow(name, run[1]) for name in names(PARTICIPANTS)}
     direct = federation.broker
     async with proxied(rabbit.url.port or 5672) as proxy:
         behind = rabbit.broker(port=proxy.port)
         federation.broker = behind if who == "workers" else direct
-        async with federation.workers(), after_each_round(federation, proxy.cut):
+        async with asyncio.timeout(120), federation.workers():
             federation.broker = behind if who == "aggregator" else direct
-            head = await federation.aggregator(run[0]).run()
-        at_least = 2 * ROUNDS if who == "aggregator" else 2 * PARTICIPANTS * ROUNDS
-        assert proxy.served >= at_least - 2 * PARTICIPANTS, "it was cut and connected again"
+            async with after_each_round(federation, proxy.cut):
+                head = await federation.aggregator(run[0]).run()
+        clients = 1 if who == "aggregator" else PARTICIPANTS
+        assert proxy.served >= 2 * clients * (ROUNDS - 1), "it was cut and connected again"
     await check(federation, head, expected)
+
+
+class Gated(Pull):
+    """Its third round lasts until the gate opens."""
+
+    def __init__(self, name: str, size: int, gate: threading.Event) -> None:
+        super().__init__(name, size)
+        self.gate = gate
+
+    def train(self, arrays: Arrays, config: TrainConfig) -> TrainResult:
+        if config.round == 3:
+            self.gate.wait(200)
+        return super().train(arrays, config)
 
 
 async def test_a_restarted_broker_changes_nothing(
     rabbit: Rabbit, federation: Federation, run: tuple[RunSettings, int], expected: str
 ) -> None:
-    node = rabbit.node
+    """kill -9 of RabbitMQ while two participants train and two updates are in."""
+    node, gate = rabbit.node, threading.Event()
     if node is None:
         pytest.skip("the broker that FLUFFLE_AMQP_URL names is not ours to kill")
-
-    def restart() -> None:
-        node.kill()
-        node.start()
-
-    async with asyncio.timeout(280), federation.workers():
-        running = asyncio.create_task(federation.aggregator(run[0]).run())
-        await federation.closed(2)
-        await asyncio.to_thread(restart)
-        head = await running
+    federation.tasks = {name: Gated(name, run[1], gate) for name in ("p01", "p02")}
+    try:
+        async with asyncio.timeout(200), federation.workers():
+            running = asyncio.create_task(federation.aggregator(run[0]).run())
+            await federation.closed(2)
+            await asyncio.to_thread(node.settle)
+            await asyncio.to_thread(node.kill)
+            await asyncio.to_thread(node.start)
+            gate.set()
+            head = await running
+    finally:
+        gate.set()
     await check(federation, head, expected)
