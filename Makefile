@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format docs clean
+.PHONY: help install rabbitmq demo test test-all lint format docs clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -23,11 +23,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install  ## real federated training: MNIST, ten participants with very different digits
 	$(BIN)/fluffle simulate mnist-2nn --participants 10 --partition dirichlet:0.3 --rounds 20
 
-test: install  ## all quick tests
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+rabbitmq:  ## a RabbitMQ for the tests, where it is missing and root can install it
+	@tests/get_rabbitmq.sh
 
-test-all: install  ## the slow ones too
-	$(BIN)/pytest -n 2 --dist loadfile
+test: install rabbitmq  ## all quick tests
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadgroup
+
+test-all: install rabbitmq  ## the slow ones too
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 lint: install  ## formatting, lint, strict types, import walls
 	$(BIN)/ruff format --check .

@@ -1,0 +1,155 @@
+"""What only a network and a real broker can do to a connection."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from broker.errors import AccessRefused, ConfigError, ConnectionLost, PublishFailed, TransportError
+from broker.rabbitmq import RabbitBroker, RabbitSettings, check_broker
+from broker.topology import AGGREGATOR, Topology
+from broker.transport import Queue, Stream, Transport
+from tests.proxy import proxied
+from tests.rabbit_node import Rabbit, password
+
+pytestmark = pytest.mark.xdist_group("rabbitmq")
+
+
+@pytest.fixture
+def topology(rabbit: Rabbit) -> Topology:
+    return rabbit.topology()
+
+
+def pending(transport: Transport, topology: Topology, inbox_of: str) -> list[asyncio.Task[object]]:
+    """One call of every kind, none of which a dead network lets finish."""
+    calls = (
+        transport.publish("", inbox_of, b"", timeout_s=60), transport.declare(Queue(f"{inbox_of}.2")),
+        transport.consume(inbox_of), transport.read(topology.updates, offset="first"), transport.delete(inbox_of),
+    )  # fmt: skip
+    return [asyncio.ensure_future(call) for call in calls]
+
+
+@pytest.mark.parametrize("how", ["cut", "freeze", "close"])
+async def test_whoever_waits_is_told_that_the_connection_is_lost(
+    rabbit: Rabbit, topology: Topology, how: str
+) -> None:
+    """A reset is noticed at once, a network that goes silent after three heartbeats."""
+    async with proxied(rabbit.url.port or 5672) as proxy:
+        broker = rabbit.broker(RabbitSettings(heartbeat_s=1), port=proxy.port)
+        transport = await broker.connect(AGGREGATOR, purpose=how)
+        await transport.declare(*topology.aggregator_declarations())
+        inboxes = [await transport.consume(topology.head), await transport.read(topology.updates, offset="first")]
+        proxy.freeze()
+        waiting = pending(transport, topology, topology.rejected)
+        waiting += [asyncio.ensure_future(inbox.get()) for inbox in inboxes]
+        await asyncio.sleep(0.2)
+        if how == "cut":
+            proxy.cut()
+        elif how == "close":
+            await transport.close()
+        async with asyncio.timeout(20):
+            outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [ConnectionLost] * 7
+        with pytest.raises(ConnectionLost):
+            await transport.declare(Queue(topology.rejected))
+        await transport.close()
+
+
+async def test_a_publish_that_is_not_confirmed_in_time_fails_and_the_connection_goes_on(
+    rabbit: Rabbit, topology: Topology
+) -> None:
+    async with proxied(rabbit.url.port or 5672) as proxy:
+        transport = await rabbit.broker(port=proxy.port).connect(AGGREGATOR, purpose="publish")
+        await transport.declare(Queue(topology.rejected))
+        inbox = await transport.consume(topology.rejected)
+        await transport.publish("", topology.rejected, b"0")
+        proxy.freeze()
+        with pytest.raises(PublishFailed):
+            await transport.publish("", topology.rejected, b"1", timeout_s=0.3)
+        proxy.thaw()
+        await transport.publish("", topology.rejected, b"2")
+        received = [await inbox.get(5) for _ in range(3)]
+        assert [d.body for d in received if d] == [b"0", b"1", b"2"], (
+            "what failed may have arrived, and here it did"
+        )
+        await transport.close()
+
+
+async def test_a_refused_publish_does_not_spoil_those_beside_it(rabbit: Rabbit, topology: Topology) -> None:
+    aggregator = await rabbit.broker().connect(AGGREGATOR, purpose="setup")
+    await aggregator.declare(*topology.aggregator_declarations())
+    participant = await rabbit.broker().connect("p-1", purpose="publish")
+    keys = [f"{who}.heartbeat" for who in ("p-1", "p-2", "p-1", "p-1")]
+    outcomes = await asyncio.gather(
+        *(participant.publish(topology.up, key, b"") for key in keys), return_exceptions=True
+    )
+    assert isinstance(outcomes[1], AccessRefused)
+    others = {type(outcome) for outcome in (outcomes[0], *outcomes[2:])}
+    assert others <= {type(None), PublishFailed}, "they are told to try again, not that they may not"
+    await participant.publish(topology.up, keys[0], b"")
+    await participant.close()
+    await aggregator.close()
+
+
+async def test_a_deleted_queue_ends_its_inbox(rabbit: Rabbit, topology: Topology) -> None:
+    transport = await rabbit.broker().connect(AGGREGATOR, purpose="delete")
+    await transport.declare(Queue(topology.rejected), Stream(topology.updates, 1 << 20, 1 << 20))
+    inboxes = [await transport.consume(topology.rejected), await transport.read(topology.updates, offset="first")]
+    waiting = [asyncio.ensure_future(inbox.get(10)) for inbox in inboxes]
+    await transport.delete(topology.rejected)
+    await transport.delete(topology.updates)
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [ConnectionLost] * 2
+    await transport.declare(Queue(topology.rejected))
+    await transport.close()
+
+
+async def test_nothing_overtakes(rabbit: Rabbit, topology: Topology) -> None:
+    """Bodies of one and of many frames, pushed without pause into an inbox that nobody empties yet."""
+    transport = await rabbit.broker().connect(AGGREGATOR, purpose="order")
+    await transport.declare(Queue(topology.rejected), Stream(topology.updates, 1 << 26, 1 << 24))
+    bodies = [b"%d" % i + bytes(300_000 if i % 7 == 0 else 10) for i in range(200)]
+    inboxes = [await transport.consume(topology.rejected), await transport.read(topology.updates, offset="first")]
+    for body in bodies:
+        await transport.publish("", topology.rejected, body)
+        await transport.publish("", topology.updates, body)
+    for inbox in inboxes:
+        received = [await inbox.get(10) for _ in bodies]
+        assert [d.body for d in received if d] == bodies
+    await transport.close()
+
+
+class TestConnecting:
+    async def test_wrong_password(self, rabbit: Rabbit) -> None:
+        broker = RabbitBroker(str(rabbit.url), lambda user: "wrong")
+        with pytest.raises(AccessRefused, match="password"):
+            await broker.connect(AGGREGATOR, purpose="test")
+
+    async def test_an_address_of_somebody_else(self, rabbit: Rabbit) -> None:
+        broker = RabbitBroker(str(rabbit.url.with_user("p-1").with_password(password("p-1"))))
+        with pytest.raises(ConfigError, match=r"p-1.*aggregator"):
+            await broker.connect(AGGREGATOR, purpose="test")
+        transport = await broker.connect("p-1", purpose="test")
+        assert transport.user == "p-1"
+        await transport.close()
+
+    async def test_nobody_there_and_an_unknown_virtual_host(self, rabbit: Rabbit) -> None:
+        with pytest.raises(ConnectionLost, match="is RabbitMQ running"):
+            await RabbitBroker("amqp://p-1:x@127.0.0.1:1").connect("p-1", purpose="test")
+        elsewhere = RabbitBroker(str(rabbit.url.with_path("/nowhere")), password)
+        with pytest.raises(TransportError, match="nowhere"):
+            await elsewhere.connect("p-1", purpose="test")
+
+
+@pytest.mark.parametrize(
+    ("product", "version", "fit"),
+    [("RabbitMQ", "3.10.8", True), ("RabbitMQ", "4.1.0-rc.1", True), ("RabbitMQ", "3.9.29", False),
+     ("LavinMQ", "4.0.0", False), (None, None, False)],
+)  # fmt: skip
+def test_only_brokers_that_can_do_it(product: str | None, version: str | None, *, fit: bool) -> None:
+    if fit:
+        return check_broker({"product": product, "version": version})
+    with pytest.raises(ConfigError, match=r"3\.10"):
+        check_broker({"product": product, "version": version})
+    return None
