@@ -3,8 +3,8 @@
 RabbitMQ closes a channel on every refusal. So each request has a channel of its own, each consumer keeps one,
 and the publishing one is opened again after an error: a refusal costs whoever caused it, never the connection.
 
-It speaks aiormq, the protocol layer of aio-pika: aio-pika 10.2 keeps every channel that was ever opened, with
-all that its consumer holds, for as long as the connection lives.
+It speaks aiormq, the protocol layer of aio-pika: that heals nothing either, runs one task for a delivery where
+aio-pika runs three, and tells when the broker cancels a consumer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +40,8 @@ PERSISTENT = 2
 NO_DELIVERY_LIMIT = 1_000_000
 CLOSE_S = 5.0  # for the farewell; after that the broker finds out by itself
 RETRY_S = 0.5  # between attempts to reach a queue that a restarted broker has not found yet
+
+REFUSED = (AMQPError, ChannelInvalidStateError, TimeoutError)  # what a request that failed raises, if not lost
 
 Result = TypeVar("Result")
 Arguments = dict[str, Any]  # of AMQP: strings, numbers, booleans
@@ -138,7 +140,7 @@ class RabbitTransport:
     async def publish(self, exchange: str, key: str, body: bytes, *, timeout_s: float = 10.0) -> None:
         where = f"exchange {exchange!r} with key {key!r}" if exchange else f"{key!r}"
         try:
-            await self.call(self._publish(exchange, key, body), timeout_s)
+            await self.call(partial(self._publish, exchange, key, body), timeout_s)
         except TimeoutError as error:
             raise PublishFailed(
                 f"{where} was not confirmed within {timeout_s:g} s: is RabbitMQ short of memory or disk?"
@@ -149,8 +151,8 @@ class RabbitTransport:
             ) from error
         except (AMQPError, ChannelInvalidStateError) as error:
             # The channel may have been closed because of a message that was published beside this one.
-            own = _names(error, f"'{exchange or 'amq.default'}'") and (
-                not _names(error, "topic '") or _names(error, f"'{key}'")
+            own = _tells(error, f"'{exchange or 'amq.default'}'") and (
+                not _tells(error, "topic '") or _tells(error, f"'{key}'")
             )
             raise self._refusal(error, f"publish to {where}", PublishFailed if not own else None) from error
 
@@ -174,25 +176,24 @@ class RabbitTransport:
             async with asyncio.timeout(CLOSE_S):
                 await self._connection.close()
 
-    async def call(self, step: Coroutine[Any, Any, Result], timeout_s: float | None = None) -> Result:
+    async def call(self, step: Callable[[], Awaitable[Result]], timeout_s: float | None = None) -> Result:
         """What the step returns or raises, unless the connection is lost before: then ConnectionLost.
 
         aiormq may cancel a step, or leave it waiting for ever, when its connection is lost.
         """
         if self._lost.done():
-            step.close()
             raise ConnectionLost(self._lost.result())
         patience_s = self._settings.patience_s if timeout_s is None else timeout_s
-        task = asyncio.ensure_future(step)
+        task = asyncio.ensure_future(step())
         task.add_done_callback(_read_outcome)
         try:
             await asyncio.wait((task, self._lost), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
             if task.done() and not task.cancelled() and task.exception() is None:
                 return task.result()
-            if self._lost.done() or (task.done() and not self._connection.is_opened):
-                raise ConnectionLost(
-                    self._lost.result() if self._lost.done() else f"{self._name}: {_outcome(task)}"
-                )
+            if task.done() and not self._connection.is_opened:
+                self._lose("the connection was lost: connect again")
+            if self._lost.done():
+                raise ConnectionLost(self._lost.result())
             if task.cancelled():
                 raise ChannelInvalidStateError("its channel was closed")
             if not task.done():
@@ -239,18 +240,18 @@ class RabbitTransport:
         finally:
             await channel.close()
 
-    async def _request(self, deed: str, request: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _request(self, deed: str, request: Callable[[], Awaitable[None]]) -> None:
         """Makes a request, again and again while a restarted broker says that it is not ready for it."""
         clock = asyncio.get_running_loop().time
         until = clock() + self._settings.restart_s
         while True:
             try:
-                return await self.call(request())
+                return await self.call(request)
             except ChannelNotFoundEntity as error:
-                if not _names(error, "home node") or clock() > until:
+                if not _tells(error, "home node") or clock() > until:
                     raise self._refusal(error, deed) from error
                 await asyncio.sleep(RETRY_S)
-            except (AMQPError, ChannelInvalidStateError, TimeoutError) as error:
+            except REFUSED as error:
                 raise self._refusal(error, deed) from error
 
     def _refusal(self, error: Exception, deed: str, kind: type[TransportError] | None = None) -> TransportError:
@@ -325,8 +326,8 @@ class _Inbox(WaitingInbox):
 
     async def close(self) -> None:
         await super().close()
-        with suppress(TransportError, AMQPError, ChannelInvalidStateError, TimeoutError):
-            await self._transport.call(self._channel.close())
+        with suppress(TransportError, *REFUSED):
+            await self._transport.call(self._channel.close)
 
     @property
     def _origin(self) -> str:
@@ -369,16 +370,12 @@ class _Consumer(_Inbox):
         if tag not in self._unsettled:
             raise TransportError(f"a delivery from {self._origin} was settled twice: ack or reject it once")
         self._unsettled.discard(tag)
+        channel = self._channel
+        answer = partial(channel.basic_ack, tag) if accept else partial(channel.basic_reject, tag, requeue=requeue)
         try:
-            await self._transport.call(self._answer(tag, accept=accept, requeue=requeue))
-        except (AMQPError, ChannelInvalidStateError, TimeoutError) as error:
+            await self._transport.call(answer)
+        except REFUSED as error:
             raise ConnectionLost(f"cannot settle a delivery from {self._origin}: {_text(error)}") from error
-
-    async def _answer(self, tag: int, *, accept: bool, requeue: bool) -> None:
-        if accept:
-            await self._channel.basic_ack(tag)
-        else:
-            await self._channel.basic_reject(tag, requeue=requeue)
 
 
 class _Reader(_Inbox):
@@ -389,7 +386,7 @@ class _Reader(_Inbox):
         self._arguments = {"x-stream-offset": offset}
         self._first = offset if isinstance(offset, int) else 0
         self._owed = 0
-        self._acks: set[asyncio.Task[None]] = set()
+        self._acks: set[asyncio.Future[None]] = set()
 
     def _take(self) -> Delivery | None:
         while self._fresh:
@@ -405,13 +402,10 @@ class _Reader(_Inbox):
         if 2 * self._owed < self._prefetch:
             return
         self._owed = 0
-        ack = asyncio.create_task(self._ack_up_to(tag))
+        ack = asyncio.ensure_future(self._channel.basic_ack(tag, multiple=True, wait=False))
         self._acks.add(ack)
         ack.add_done_callback(self._acks.discard)
         ack.add_done_callback(_read_outcome)
-
-    async def _ack_up_to(self, tag: int) -> None:
-        await self._channel.basic_ack(tag, multiple=True, wait=False)
 
     def _depart(self) -> None:
         super()._depart()
@@ -441,12 +435,8 @@ def _text(error: BaseException | None) -> str:
     return (str(error) or repr(error)) if error else "closed"
 
 
-def _names(error: Exception, part: str) -> bool:
+def _tells(error: Exception, part: str) -> bool:
     return part in str(error)
-
-
-def _outcome(task: asyncio.Future[Any]) -> str:
-    return "cancelled" if task.cancelled() else _text(task.exception())
 
 
 def _read_outcome(task: asyncio.Future[Any]) -> None:
