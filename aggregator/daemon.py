@@ -7,6 +7,7 @@ reads the same stream from the same offset and decides the same. One task decide
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
 import time
@@ -45,7 +46,7 @@ from broker.messages import (
     TrainFailed,
     UpdateReady,
 )  # fmt: skip
-from broker.offload import off_loop
+from broker.offload import contained, off_loop
 from broker.retry import Backoff, publish
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
@@ -216,7 +217,7 @@ class Term:
             case Leave():
                 self.registry.leave(message.participant)
                 if self.round:
-                    self.round.fail(message.participant)
+                    self.round.leave(message.participant)
 
     async def _update(self, update: UpdateReady, payload: memoryview, offset: int) -> None:
         judged = judge(update, self.head, self.ledger.settled, self.settings.round)
@@ -262,6 +263,8 @@ class Term:
 
     async def _heard(self, status: Status) -> None:
         await self.intake.prepare(status.participant, len(self.blob))
+        if self.round:
+            self.round.come_back(status.participant)
         if not self.caught_up:
             return
         if self.round and plan.has_room(self.round.open, status.participant, self.settings):
@@ -323,7 +326,10 @@ class Term:
         where = await self.models.put(record.run_id, self.blob)
         metrics = dict(record.metrics)
         if self.job.evaluate and evaluation_due(self.settings, "central", record.round):
-            metrics |= await asyncio.to_thread(self.job.evaluate, self.model)
+            measured = await asyncio.to_thread(contained(self.job.evaluate), self.model)
+            if strange := {name: str(value) for name, value in measured.items() if not math.isfinite(value)}:
+                self._note("metric_not_finite", version=record.version + 1, **strange)
+            metrics |= {name: float(value) for name, value in measured.items() if name not in strange}
         return record.with_(version=record.version + 1, model=where, previous=record.model, metrics=metrics)
 
     async def _reopen(self, current: Round, opened: OpenRound) -> None:

@@ -18,6 +18,7 @@ from broker import tensors
 from broker.errors import ConfigError, LeadershipLost, StateError
 from broker.head import HeadRecord
 from broker.messages import Barrier, Metrics
+from broker.offload import contained
 from broker.retry import publish
 from broker.topology import Topology
 from broker.wire import encode
@@ -112,6 +113,11 @@ class Takeover:
         saved = await self._archive.newest()
         if saved is None or saved.model is None or self._job.fresh:
             return None
+        if saved.run_id != self._job.settings.run_id:
+            raise StateError(
+                f"the run directory holds checkpoints of another run, {saved.run_id!r}: choose another directory, "
+                "or begin here with --fresh"
+            )
         if not self._job.from_checkpoint:
             raise StateError(
                 f"run {saved.run_id!r} has checkpoints up to version {saved.version}, but the broker has no record "
@@ -123,8 +129,10 @@ class Takeover:
         return None if blob is None else (saved.with_(finished=over), blob)
 
     async def _fresh(self, now: float) -> tuple[HeadRecord, tensors.Buffer]:
-        blob = await asyncio.to_thread(lambda: tensors.encode(self._job.initial()))
-        return HeadRecord(run_id=self._job.settings.run_id, started=now), blob
+        blob = await asyncio.to_thread(lambda: tensors.encode(contained(self._job.initial)()))
+        before = await self._archive.newest()  # if it begins again, workers have seen its epochs
+        epoch = before.epoch if before else 0
+        return HeadRecord(run_id=self._job.settings.run_id, epoch=epoch, started=now), blob
 
 
 async def commit(lead: Lead, record: HeadRecord, blob: tensors.Buffer) -> None:

@@ -18,6 +18,7 @@ import structlog
 
 from broker.errors import BadMessage, StateError, TransportError
 from broker.messages import Heartbeat, Join, Leave, TrainFailed, TrainRound
+from broker.offload import contained
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
 from broker.wire import decode
@@ -149,9 +150,9 @@ class Worker:
             await self._news.wait()
             self._news.clear()
             try:
-                if self._held and not self._held.sent:
-                    await self._link.deliver(self._held)
-                    self._held.sent = True
+                if (held := self._held) and not held.sent:
+                    await self._link.deliver(held)  # meanwhile an order may settle it
+                    held.sent = True
                 if self._stopping.is_set():
                     return
                 if self._order and self._is_to_do(self._order.told):
@@ -182,7 +183,7 @@ class Worker:
             raise
         except Exception as error:  # whatever a user's task raises: the worker lives on
             log.exception("task_failed", participant=self.participant, task=told.task)
-            reason = f"{type(error).__name__}: {error}"[:2000]
+            reason = f"{type(error).__name__}: {error}"[:2000].encode(errors="replace").decode()
             await self._link.send(
                 TrainFailed(participant=self.participant, run_id=told.run_id, task=told.task, error=reason)
             )
@@ -195,7 +196,9 @@ class Worker:
             raise BadMessage("the order names no model")
         blob = await self._link.fetch(order.told.model, order.payload)
         config = train_config(order.told, self.participant, self._abandoned.is_set)
-        work = partial(carry_out, self.site.task, order.told, blob, config, self.participant, self._settings.sizes)
+        work = partial(
+            contained(carry_out), self.site.task, order.told, blob, config, self.participant, self._settings.sizes
+        )
         held = await asyncio.get_running_loop().run_in_executor(self.site.executor, work)
         await self._lag(self._settings.lag_s(held.update.seconds))
         return held  # what is finished is published, even if it may be late: the ledger shall know

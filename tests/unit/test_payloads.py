@@ -106,7 +106,9 @@ async def test_pieces_come_through_the_stream_in_any_order(sender: Transport) ->
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda d: d[:-1], lambda d: d + b"\0", lambda d: b"\xff" + d[1:], lambda d: b""], ids=str
+    "damage",
+    [lambda d: d[:-1], lambda d: d + b"\0", lambda d: b"\xff" + d[1:], lambda d: b""],
+    ids=["shorter", "longer", "changed", "empty"],
 )
 async def test_a_damaged_piece_is_refused(sender: Transport, damage: object) -> None:
     data = BLOB[piece(WHERE, 2)]

@@ -102,6 +102,27 @@ def test_a_quorum_that_was_set_is_never_lowered() -> None:
 # -- how it goes on -------------------------------------------------------------------------------------------
 
 
+def test_nobody_waits_for_who_left_unless_it_is_back_in_time() -> None:
+    current = a_round(asked=3, accepted=2, quorum=2)
+    current.leave("p01")  # delivered before
+    current.leave("p03")
+    assert current.missing == []
+    assert current.step(0.0) is Step.CLOSE
+    current.come_back("p03")
+    assert current.missing == ["p03"]
+    assert current.step(0.0) is Step.WAIT
+    current.fail("p03")
+    current.come_back("p03")
+    assert current.missing == []  # it failed, and would again
+
+
+def test_an_update_of_who_left_counts() -> None:
+    current = a_round(asked=1)
+    current.leave("p01")
+    current.accept("p01", 3)
+    assert (current.left, current.step(0.0)) == (set(), Step.CLOSE)
+
+
 def test_an_extension_is_the_same_task_with_a_longer_deadline() -> None:
     current = a_round(accepted=2, quorum=7)
     again = current.extended(DEADLINE, names(10), names(10))
@@ -167,7 +188,8 @@ ROUNDS = st.integers(1, 8).flatmap(
     )
 )
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["accept", "fail", "pass", "vanish", "return"]), st.integers(0, 9)), max_size=60
+    st.tuples(st.sampled_from(["accept", "fail", "leave", "pass", "vanish", "return"]), st.integers(0, 9)),
+    max_size=60,
 )
 
 
@@ -185,11 +207,15 @@ def test_no_sequence_of_events_hangs_a_round(
                 current.accept(participant, 1)
             case "fail":
                 current.fail(participant)
+            case "leave":
+                current.leave(participant)
+                live.discard(participant)
             case "pass":
                 now += settings.deadline_s * number / 4
             case "vanish":
                 live.discard(participant)
             case "return":
+                current.come_back(participant)
                 live.add(participant)
         if settle(current, now, sorted(live)) is Step.CLOSE:
             return
