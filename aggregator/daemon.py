@@ -26,13 +26,13 @@ from aggregator.judge import judge, weight_of
 from aggregator.lead import Lead
 from aggregator.ledger import Ledger, weighted_means
 from aggregator.models import Models
-from aggregator.progress import best_of, evaluation_due
+from aggregator.progress import best_of, evaluation_due, why_finished
 from aggregator.registry import Registry
 from aggregator.round import Round, Step
 from aggregator.strategies import make_strategy
 from aggregator.takeover import Job, Takeover, commit
 from broker import tensors
-from broker.errors import BadMessage, LeadershipLost, TransportError
+from broker.errors import BadMessage, LeadershipLost, TaskError, TransportError
 from broker.head import ClosedRound, HeadRecord, OpenRound
 from broker.messages import (
     Barrier,
@@ -131,6 +131,7 @@ class Term:
         self.model: tensors.Arrays = {}
         self.end = self.position = self.bytes_up = 0
         self.began = self.refresh_at = 0.0
+        self.last_failure = ""
 
     @property
     def head(self) -> HeadRecord:
@@ -213,6 +214,7 @@ class Term:
                 self.head.task,
             ):
                 self._note("training_failed", participant=message.participant, error=message.error)
+                self.last_failure = f"{message.participant} says {message.error}"
                 self.round.fail(message.participant)
             case Leave():
                 self.registry.leave(message.participant)
@@ -257,6 +259,7 @@ class Term:
         self.ledger.refused(delivery.sender, task, delivery.offset, reason, settles=answers)
         if self.round and answers:
             self.round.fail(delivery.sender)
+            self.last_failure = f"the update of {delivery.sender} was refused: {reason}"
         self._note("update_rejected", participant=delivery.sender, offset=delivery.offset, reason=reason)
         note = Rejected(offset=delivery.offset, participant=delivery.sender, reason=reason[:2000])
         await publish(self.lead.writer, "", self.topology.rejected, encode(note, delivery.body[:QUOTED_BYTES]))
@@ -289,6 +292,10 @@ class Term:
             match self.round.step(now):
                 case Step.CLOSE:
                     await self._close(self.round, now)
+                case Step.GIVE_UP:
+                    raise TaskError(f"everybody failed in round {self.round.open.round}: {self.last_failure}")
+                case Step.EXTEND if why := why_finished(self.head, self.settings, now):
+                    await self._commit(self.head.with_(open=None, finished=why))
                 case Step.EXTEND:
                     self._note("round_extended", round=self.round.open.round, missing=self.round.missing)
                     live = self.registry.live(now)

@@ -20,7 +20,11 @@ class Step(Enum):
 
     WAIT = "wait"  # for updates, or for the deadline
     CLOSE = "close"  # enough was accepted: combine and commit
-    EXTEND = "extend"  # the deadline passed below the quorum: offer the task again
+    EXTEND = "extend"  # the deadline passed below the quorum, or all failed: offer the task again
+    GIVE_UP = "give up"  # everybody who was asked failed, time and again: trying on is pointless
+
+
+MOST_FAILURES = 3  # attempts in which everybody fails
 
 
 @dataclass(slots=True)
@@ -90,6 +94,8 @@ class Round:
         enough = len(self.accepted) >= self.quorum
         if len(self.accepted) >= max(self.target, self.quorum) or (enough and self._all_answered):
             return Step.CLOSE
+        if len(self.failed) >= len(self.open.cohort):
+            return Step.EXTEND if self.open.attempt < MOST_FAILURES else Step.GIVE_UP
         if now < self.open.deadline:
             return Step.WAIT
         return Step.CLOSE if enough else Step.EXTEND

@@ -7,24 +7,17 @@ and commits form one chain.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import structlog
 from test_lead_and_commit import Outcome, check, ledger, offsets_of_updates
 
-from aggregator.lead import Lead
 from aggregator.settings import RunSettings
-from broker.errors import LeadershipLost, TransportError
-from broker.faults import FaultyBroker, NoFaults, Rates, SeededFaults
-from broker.head import HeadRecord
+from broker.faults import FaultyBroker, Rates, SeededFaults
 from broker.memory import MemoryBroker
-from broker.topology import AGGREGATOR, Topology
-from broker.transport import Broker, Transport
+from broker.topology import Topology
 from fluffle.logs import configure_logs
 from tests.federation import Federation, names, settings
 from workers.trainer import Sizes
@@ -46,7 +39,9 @@ def quiet() -> Iterator[None]:
 # -- whole runs -----------------------------------------------------------------------------------------------
 
 
-async def run_through(directory: Path, run: RunSettings, aggregators: SeededFaults, workers: SeededFaults) -> Outcome:
+async def run_through(
+    directory: Path, run: RunSettings, aggregators: SeededFaults, workers: SeededFaults
+) -> Outcome:
     """One run with a leader and a standby; its every wait ends within a minute."""
     memory = MemoryBroker(TOPOLOGY.access)
     federation = Federation(memory, directory, names(3), size=600)
