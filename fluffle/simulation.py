@@ -63,6 +63,7 @@ def plan_simulation(config: Config) -> Plan:
         )
     make_strategy(config.strategy, config.round)
     definition = find_task(config.task)
+    definition.recipe(config.train.chosen())
     _check_metrics(config, definition)
     return Plan(config, definition, shares_of(config, definition))
 
