@@ -7,12 +7,8 @@ reads the same stream from the same offset and decides the same. One task decide
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import secrets
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import structlog
@@ -20,8 +16,8 @@ import structlog
 from aggregator import plan
 from aggregator.announcer import Announcer, reply_to
 from aggregator.archive import Archive, report_of
-from aggregator.history import RoundReport
 from aggregator.intake import Intake, check_sender
+from aggregator.job import Job, Surroundings
 from aggregator.judge import judge, weight_of
 from aggregator.lead import Lead
 from aggregator.ledger import Ledger, weighted_means
@@ -30,7 +26,7 @@ from aggregator.progress import best_of, evaluation_due, why_finished
 from aggregator.registry import Registry
 from aggregator.round import Round, Step
 from aggregator.strategies import make_strategy
-from aggregator.takeover import Job, Takeover, commit
+from aggregator.takeover import Takeover, commit
 from broker import tensors
 from broker.errors import BadMessage, LeadershipLost, TaskError, TransportError
 from broker.head import ClosedRound, HeadRecord, OpenRound
@@ -46,7 +42,7 @@ from broker.messages import (
     TrainFailed,
     UpdateReady,
 )  # fmt: skip
-from broker.offload import contained, off_loop
+from broker.offload import off_loop
 from broker.retry import Backoff, publish
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
@@ -55,23 +51,6 @@ from broker.wire import FROM_PARTICIPANT, decode, encode
 log = structlog.get_logger(__name__)
 
 QUOTED_BYTES = 4 << 10  # of a refused message
-
-
-def log_report(report: RoundReport) -> None:
-    log.info("round_closed", **asdict(report))
-
-
-def log_notice(event: str, fields: Mapping[str, object]) -> None:
-    log.info(event, **fields)
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """Time and listeners, so that tests and simulations bring their own."""
-
-    clock: Callable[[], float] = time.time
-    on_report: Callable[[RoundReport], None] = log_report
-    on_notice: Callable[[str, Mapping[str, object]], None] = log_notice
 
 
 class Aggregator:
@@ -332,11 +311,8 @@ class Term:
         self.model = tensors.decode(self.blob)
         where = await self.models.put(record.run_id, self.blob)
         metrics = dict(record.metrics)
-        if self.job.evaluate and evaluation_due(self.settings, "central", record.round):
-            measured = await asyncio.to_thread(contained(self.job.evaluate), self.model)
-            if strange := {name: str(value) for name, value in measured.items() if not math.isfinite(value)}:
-                self._note("metric_not_finite", version=record.version + 1, **strange)
-            metrics |= {name: float(value) for name, value in measured.items() if name not in strange}
+        if evaluation_due(self.settings, "central", record.round):
+            metrics |= await self.job.measure(self.model, self.around.on_notice)
         return record.with_(version=record.version + 1, model=where, previous=record.model, metrics=metrics)
 
     async def _reopen(self, current: Round, opened: OpenRound) -> None:

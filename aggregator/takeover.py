@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import structlog
 
 from aggregator.archive import Archive
+from aggregator.job import Job
 from aggregator.lead import Lead
 from aggregator.models import Models
 from aggregator.progress import why_finished
-from aggregator.settings import RunSettings
 from broker import tensors
 from broker.errors import ConfigError, LeadershipLost, StateError
 from broker.head import HeadRecord
-from broker.messages import Barrier, Metrics
+from broker.messages import Barrier
 from broker.offload import contained
 from broker.retry import publish
 from broker.topology import Topology
 from broker.wire import encode
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What is run. `evaluate` measures a model on held-out data; `metric` judges versions.
-
-    An unfinished other run is given up only if `abandon` names it; a run whose record is gone but whose
-    checkpoints are there goes on `from_checkpoint`, or begins again if `fresh`.
-    """
-
-    settings: RunSettings
-    initial: Callable[[], tensors.Arrays]
-    evaluate: Callable[[tensors.Arrays], Metrics] | None = None
-    metric: str = "loss"
-    abandon: str = ""
-    from_checkpoint: bool = False
-    fresh: bool = False
 
 
 class Takeover:

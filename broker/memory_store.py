@@ -6,6 +6,7 @@ Whatever changes state is plain synchronous code, so nothing can come between. O
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -279,7 +280,7 @@ class Log(Place):
 Holder = Backlog | Log
 
 
-class StoreInbox:
+class StoreInbox(ABC):
     """Waiting for the next delivery. A waiting `get` holds nothing, so cancelling it loses nothing."""
 
     def __init__(self) -> None:
@@ -313,7 +314,7 @@ class StoreInbox:
             self._depart()
             self.wake()
 
-    def give_back(self) -> None:
+    def give_back(self) -> None:  # noqa: B027 - readers of a stream have nothing to give back
         """Returns what was not settled. Comes after `leave`."""
 
     def _check(self) -> None:
@@ -338,14 +339,17 @@ class StoreInbox:
                 timer.cancel()
 
     @property
+    @abstractmethod
     def _origin(self) -> str:
-        raise NotImplementedError
+        """What it takes from, for messages."""
 
+    @abstractmethod
     def _take(self) -> Delivery | None:
-        raise NotImplementedError
+        """The next delivery, if there is one now."""
 
+    @abstractmethod
     def _depart(self) -> None:
-        raise NotImplementedError
+        """Stops being served."""
 
 
 def _resolve(waiting: asyncio.Future[bool], *, come: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aggregator.daemon import Aggregator
-    from aggregator.takeover import Job
+    from aggregator.job import Job
     from broker.errors import FluffleError
     from broker.memory import MemoryBroker
     from broker.topology import Topology
@@ -59,7 +59,7 @@ _HOMES = {
     "FederatedScaler": "workers.scaler",
     "FileJournal": "workers.journal",
     "FluffleError": "broker.errors",
-    "Job": "aggregator.takeover",
+    "Job": "aggregator.job",
     "LearningTask": "workers.task",
     "MemoryBroker": "broker.memory",
     "MemoryJournal": "workers.journal",

@@ -11,9 +11,9 @@ from functools import partial
 
 import structlog
 
-from aggregator.daemon import Aggregator, Surroundings
+from aggregator.daemon import Aggregator
+from aggregator.job import Job, Surroundings
 from aggregator.strategies import make_strategy
-from aggregator.takeover import Job
 from broker.errors import ConfigError, first_known
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker

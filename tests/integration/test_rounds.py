@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aggregator.daemon import Surroundings
+from aggregator.job import Surroundings
 from aggregator.registry import sample
 from aggregator.settings import RunSettings
 from broker import tensors
@@ -453,8 +453,8 @@ async def test_a_metric_that_is_not_finite_is_told_and_left_out(federation: Fede
     values = iter([0.5, math.nan, math.inf, 0.25])
     head = await federation.run(run, around=around, evaluate=lambda _: {"loss": next(values), "accuracy": 0.5})
     assert [fields for event, fields in notices if event == "metric_not_finite"] == [
-        {"version": 2, "loss": "nan"},
-        {"version": 3, "loss": "inf"},
+        {"loss": "nan"},
+        {"loss": "inf"},
     ]
     assert (head.metrics["loss"], head.metrics["accuracy"]) == (0.25, 0.5)
     assert head.best
