@@ -128,8 +128,10 @@ class Worker:
                 self._held = None
                 await self.site.journal.drop_held()
                 log.debug("update_settled", participant=self.participant, task=held.update.task, fate=fate)
-            elif task == held.update.task or (told.task == held.update.task and self.participant in told.asked):
+            elif task == held.update.task:
                 held.sent = False  # the aggregator does not have it
+            elif told.task == held.update.task and self.participant in told.asked:
+                await self.on_heartbeat()  # it did not have it when it asked; has it come meanwhile?
         if told.finished:
             self.finished.set()
         self._news.set()
@@ -138,8 +140,8 @@ class Worker:
         phase, task = "idle", 0
         if self._training is not None:
             phase, task = "training", self._training.task
-        elif self._held is not None:
-            phase, task = "holding", self._held.update.task
+        elif self._held is not None:  # "holding" only once it is on its way: the stream keeps that order
+            phase, task = "holding" if self._held.sent else "training", self._held.update.task
         run_id, epoch = (self._order.told.run_id, self._order.told.epoch) if self._order else ("", 0)
         return {"participant": self.participant, "run_id": run_id, "epoch": epoch, "phase": phase, "task": task}
 
