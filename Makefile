@@ -1,4 +1,4 @@
-# The verbs: demo test lint docs bench. `make install` is done by the others when it is needed.
+# The verbs: demo test lint docs. `make install` is done by the others when it is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -30,14 +30,15 @@ def reply_to(status: Status, head: HeadRecord, settled: Fates, *, awaited: bool)
     Only committed fates are told: an update that was accepted but not committed may still be needed again.
     """
     who, nobody = status.participant, (0, "missing")
-    if isinstance(status, Join) or status.run_id != head.run_id:
+    silence: Fates | None = {} if isinstance(status, Join) else None
+    if status.run_id != head.run_id:
         return {}
     if status.phase == "holding":
         if head.settled.get(who, nobody)[0] >= status.task:
             return {}
-        return None if settled.get(who, nobody)[0] >= status.task else {who: (status.task, "missing")}
+        return silence if settled.get(who, nobody)[0] >= status.task else {who: (status.task, "missing")}
     works_on_it = status.phase == "training" and status.task == head.task
-    return {} if awaited and not works_on_it else None
+    return {} if awaited and not works_on_it else silence
 
 
 class Announcer:

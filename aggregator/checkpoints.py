@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import time
 from collections.abc import Collection, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import structlog
 from pydantic import ValidationError
 
+from broker.durable import replace_file
 from broker.errors import BadMessage, StateError
 from broker.head import HeadRecord
 from broker.messages import Where
@@ -174,25 +174,7 @@ def _digests(record: HeadRecord) -> set[str]:
 
 
 def _write(path: Path, blob: Buffer) -> None:
-    tmp = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TMP_SUFFIX}")
-    try:
-        with tmp.open("xb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        tmp.replace(path)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    replace_file(path, blob, path.with_name(f"{path.name}.{secrets.token_hex(4)}{TMP_SUFFIX}"))
 
 
 @contextmanager

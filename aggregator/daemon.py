@@ -9,9 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import structlog
@@ -19,19 +16,19 @@ import structlog
 from aggregator import plan
 from aggregator.announcer import Announcer, reply_to
 from aggregator.archive import Archive, report_of
-from aggregator.history import RoundReport
 from aggregator.intake import Intake, check_sender
+from aggregator.job import Job, Surroundings
 from aggregator.judge import judge, weight_of
 from aggregator.lead import Lead
 from aggregator.ledger import Ledger, weighted_means
 from aggregator.models import Models
-from aggregator.progress import best_of, evaluation_due
+from aggregator.progress import best_of, evaluation_due, why_finished
 from aggregator.registry import Registry
 from aggregator.round import Round, Step
 from aggregator.strategies import make_strategy
-from aggregator.takeover import Job, Takeover, commit
+from aggregator.takeover import Takeover, commit
 from broker import tensors
-from broker.errors import BadMessage, LeadershipLost, TransportError
+from broker.errors import BadMessage, LeadershipLost, TaskError, TransportError
 from broker.head import ClosedRound, HeadRecord, OpenRound
 from broker.messages import (
     Barrier,
@@ -54,23 +51,6 @@ from broker.wire import FROM_PARTICIPANT, decode, encode
 log = structlog.get_logger(__name__)
 
 QUOTED_BYTES = 4 << 10  # of a refused message
-
-
-def log_report(report: RoundReport) -> None:
-    log.info("round_closed", **asdict(report))
-
-
-def log_notice(event: str, fields: Mapping[str, object]) -> None:
-    log.info(event, **fields)
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """Time and listeners, so that tests and simulations bring their own."""
-
-    clock: Callable[[], float] = time.time
-    on_report: Callable[[RoundReport], None] = log_report
-    on_notice: Callable[[str, Mapping[str, object]], None] = log_notice
 
 
 class Aggregator:
@@ -130,6 +110,7 @@ class Term:
         self.model: tensors.Arrays = {}
         self.end = self.position = self.bytes_up = 0
         self.began = self.refresh_at = 0.0
+        self.last_failure = ""
 
     @property
     def head(self) -> HeadRecord:
@@ -212,11 +193,12 @@ class Term:
                 self.head.task,
             ):
                 self._note("training_failed", participant=message.participant, error=message.error)
+                self.last_failure = f"{message.participant} says {message.error}"
                 self.round.fail(message.participant)
             case Leave():
                 self.registry.leave(message.participant)
                 if self.round:
-                    self.round.fail(message.participant)
+                    self.round.leave(message.participant)
 
     async def _update(self, update: UpdateReady, payload: memoryview, offset: int) -> None:
         judged = judge(update, self.head, self.ledger.settled, self.settings.round)
@@ -256,12 +238,15 @@ class Term:
         self.ledger.refused(delivery.sender, task, delivery.offset, reason, settles=answers)
         if self.round and answers:
             self.round.fail(delivery.sender)
+            self.last_failure = f"the update of {delivery.sender} was refused: {reason}"
         self._note("update_rejected", participant=delivery.sender, offset=delivery.offset, reason=reason)
         note = Rejected(offset=delivery.offset, participant=delivery.sender, reason=reason[:2000])
         await publish(self.lead.writer, "", self.topology.rejected, encode(note, delivery.body[:QUOTED_BYTES]))
 
     async def _heard(self, status: Status) -> None:
         await self.intake.prepare(status.participant, len(self.blob))
+        if self.round:
+            self.round.come_back(status.participant)
         if not self.caught_up:
             return
         if self.round and plan.has_room(self.round.open, status.participant, self.settings):
@@ -286,6 +271,10 @@ class Term:
             match self.round.step(now):
                 case Step.CLOSE:
                     await self._close(self.round, now)
+                case Step.GIVE_UP:
+                    raise TaskError(f"everybody failed in round {self.round.open.round}: {self.last_failure}")
+                case Step.EXTEND if why := why_finished(self.head, self.settings, now):
+                    await self._commit(self.head.with_(open=None, finished=why))
                 case Step.EXTEND:
                     self._note("round_extended", round=self.round.open.round, missing=self.round.missing)
                     live = self.registry.live(now)
@@ -322,8 +311,8 @@ class Term:
         self.model = tensors.decode(self.blob)
         where = await self.models.put(record.run_id, self.blob)
         metrics = dict(record.metrics)
-        if self.job.evaluate and evaluation_due(self.settings, "central", record.round):
-            metrics |= await asyncio.to_thread(self.job.evaluate, self.model)
+        if evaluation_due(self.settings, "central", record.round):
+            metrics |= await self.job.measure(self.model, self.around.on_notice)
         return record.with_(version=record.version + 1, model=where, previous=record.model, metrics=metrics)
 
     async def _reopen(self, current: Round, opened: OpenRound) -> None:

@@ -20,7 +20,11 @@ class Step(Enum):
 
     WAIT = "wait"  # for updates, or for the deadline
     CLOSE = "close"  # enough was accepted: combine and commit
-    EXTEND = "extend"  # the deadline passed below the quorum: offer the task again
+    EXTEND = "extend"  # the deadline passed below the quorum, or all failed: offer the task again
+    GIVE_UP = "give up"  # everybody who was asked failed, time and again: trying on is pointless
+
+
+MOST_FAILURES = 3  # attempts in which everybody fails
 
 
 @dataclass(slots=True)
@@ -31,6 +35,7 @@ class Round:
     settings: RoundSettings
     accepted: dict[str, int] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
+    left: set[str] = field(default_factory=set)
     _asked: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -48,29 +53,40 @@ class Round:
 
     @property
     def missing(self) -> list[str]:
-        """Who was asked and has neither delivered nor failed."""
+        """Who was asked and has neither delivered, nor failed, nor left."""
         return [p for p in self.open.cohort if self.awaits(p)]
 
     @property
     def _all_answered(self) -> bool:
-        return len(self.accepted) + len(self.failed) >= len(self.open.cohort)
+        return len(self.accepted) + len(self.failed) + len(self.left) >= len(self.open.cohort)
 
     def awaits(self, participant: str) -> bool:
-        """Whether this one was asked and has neither delivered nor failed."""
-        return participant in self._asked and participant not in self.accepted and participant not in self.failed
+        """Whether this one was asked and has neither delivered, nor failed, nor left."""
+        answers = (self.accepted, self.failed, self.left)
+        return participant in self._asked and not any(participant in answered for answered in answers)
 
     def accept(self, participant: str, weight: int) -> None:
         self.accepted[participant] = weight
         self.failed.discard(participant)
+        self.left.discard(participant)
 
     def fail(self, participant: str) -> None:
         if self.awaits(participant):
             self.failed.add(participant)
 
+    def leave(self, participant: str) -> None:
+        """Nobody waits for who left, unless it is back in time."""
+        if self.awaits(participant):
+            self.left.add(participant)
+
+    def come_back(self, participant: str) -> None:
+        self.left.discard(participant)
+
     def reopen(self, opened: OpenRound) -> None:
         """Goes on with another cohort or attempt; a new attempt offers the task to those who failed, too."""
         if opened.attempt > self.open.attempt:
             self.failed.clear()
+            self.left.clear()
         self.open, self._asked = opened, frozenset(opened.cohort)
 
     def step(self, now: float) -> Step:
@@ -78,6 +94,8 @@ class Round:
         enough = len(self.accepted) >= self.quorum
         if len(self.accepted) >= max(self.target, self.quorum) or (enough and self._all_answered):
             return Step.CLOSE
+        if len(self.failed) >= len(self.open.cohort):
+            return Step.EXTEND if self.open.attempt < MOST_FAILURES else Step.GIVE_UP
         if now < self.open.deadline:
             return Step.WAIT
         return Step.CLOSE if enough else Step.EXTEND

@@ -18,7 +18,7 @@ class RoundSettings(Part):
     """When a round closes and who is asked. Zero means: whatever the line above it says."""
 
     participants: Annotated[
-        int, Field(ge=1, description="how many are expected; the run starts when they joined")
+        int, Field(ge=1, description="how many are expected; the first round waits for them, at most one deadline")
     ] = 1
     cohort: Annotated[int, Field(ge=0, description="how many are asked each round; 0: everybody who is live")] = 0
     target: Annotated[int, Field(ge=0, description="a round closes at this many updates; 0: the whole cohort")] = 0

@@ -4,42 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import structlog
 
 from aggregator.archive import Archive
+from aggregator.job import Job
 from aggregator.lead import Lead
 from aggregator.models import Models
 from aggregator.progress import why_finished
-from aggregator.settings import RunSettings
 from broker import tensors
 from broker.errors import ConfigError, LeadershipLost, StateError
 from broker.head import HeadRecord
-from broker.messages import Barrier, Metrics
+from broker.messages import Barrier
+from broker.offload import contained
 from broker.retry import publish
 from broker.topology import Topology
 from broker.wire import encode
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What is run. `evaluate` measures a model on held-out data; `metric` judges versions.
-
-    An unfinished other run is given up only if `abandon` names it; a run whose record is gone but whose
-    checkpoints are there goes on `from_checkpoint`, or begins again if `fresh`.
-    """
-
-    settings: RunSettings
-    initial: Callable[[], tensors.Arrays]
-    evaluate: Callable[[tensors.Arrays], Metrics] | None = None
-    metric: str = "loss"
-    abandon: str = ""
-    from_checkpoint: bool = False
-    fresh: bool = False
 
 
 class Takeover:
@@ -112,6 +94,11 @@ class Takeover:
         saved = await self._archive.newest()
         if saved is None or saved.model is None or self._job.fresh:
             return None
+        if saved.run_id != self._job.settings.run_id:
+            raise StateError(
+                f"the run directory holds checkpoints of another run, {saved.run_id!r}: choose another directory, "
+                "or begin here with --fresh"
+            )
         if not self._job.from_checkpoint:
             raise StateError(
                 f"run {saved.run_id!r} has checkpoints up to version {saved.version}, but the broker has no record "
@@ -123,8 +110,10 @@ class Takeover:
         return None if blob is None else (saved.with_(finished=over), blob)
 
     async def _fresh(self, now: float) -> tuple[HeadRecord, tensors.Buffer]:
-        blob = await asyncio.to_thread(lambda: tensors.encode(self._job.initial()))
-        return HeadRecord(run_id=self._job.settings.run_id, started=now), blob
+        blob = await asyncio.to_thread(lambda: tensors.encode(contained(self._job.initial)()))
+        before = await self._archive.newest()  # if it begins again, workers have seen its epochs
+        epoch = before.epoch if before else 0
+        return HeadRecord(run_id=self._job.settings.run_id, epoch=epoch, started=now), blob
 
 
 async def commit(lead: Lead, record: HeadRecord, blob: tensors.Buffer) -> None:

@@ -65,3 +65,11 @@ class Unroutable(TransportError):
 
 class AccessRefused(TransportError):
     """The broker does not allow this user to do that."""
+
+
+def first_known(error: Exception) -> FluffleError | None:
+    """The error itself, or what is at the bottom of a task group's failure; None if a part of it is a surprise."""
+    if isinstance(error, ExceptionGroup):
+        found = [first_known(part) for part in error.exceptions]
+        return found[0] if all(found) else None
+    return error if isinstance(error, FluffleError) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from functools import partial
 
 from broker.errors import ConnectionLost
@@ -11,7 +12,7 @@ from broker.transport import Delivery
 TAKEN_IN_A_ROW = 64  # deliveries that one inbox may take before others have their turn
 
 
-class WaitingInbox:
+class WaitingInbox(ABC):
     """Waiting for the next delivery. A waiting `get` holds nothing, so cancelling it loses nothing."""
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class WaitingInbox:
             self._depart()
             self.wake()
 
-    def give_back(self) -> None:
+    def give_back(self) -> None:  # noqa: B027 - readers of a stream have nothing to give back
         """Returns what was not settled. Comes after `leave`."""
 
     def _check(self) -> None:
@@ -70,14 +71,17 @@ class WaitingInbox:
                 timer.cancel()
 
     @property
+    @abstractmethod
     def _origin(self) -> str:
-        raise NotImplementedError
+        """What it takes from, for messages."""
 
+    @abstractmethod
     def _take(self) -> Delivery | None:
-        raise NotImplementedError
+        """The next delivery, if there is one now."""
 
+    @abstractmethod
     def _depart(self) -> None:
-        raise NotImplementedError
+        """Stops being served."""
 
 
 def _resolve(waiting: asyncio.Future[bool], *, come: bool) -> None:

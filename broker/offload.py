@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import wraps
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -17,3 +18,16 @@ async def off_loop(size_bytes: int, work: Callable[P, R], *args: P.args, **kwarg
     if size_bytes <= LIGHT_BYTES:
         return work(*args, **kwargs)
     return await asyncio.to_thread(work, *args, **kwargs)
+
+
+def contained(work: Callable[P, R]) -> Callable[P, R]:
+    """`work` of a user, for a thread: a StopIteration cannot cross into a coroutine, which would wait for ever."""
+
+    @wraps(work)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return work(*args, **kwargs)
+        except StopIteration as stop:
+            raise RuntimeError("it raised StopIteration: does a loop use next() on what ended?") from stop
+
+    return run

@@ -179,6 +179,7 @@ WIRE_LIMITS = {
     "items from a participant": f"{wire.FROM_PARTICIPANT.items}",
     "payload": f"{_number(messages.MAX_MODEL_BYTES)} bytes",
     "chunks of a payload": _number(messages.MAX_ITEMS),
+    "smallest chunks": f"{payloads.MIN_CHUNK_BYTES:,} bytes",
     "chunks in flight": f"{payloads.WINDOW}",
     "manifest": f"{tensors.MAX_MANIFEST_BYTES // MIB} MiB",
     "tensors": f"{tensors.MAX_TENSORS:,}",

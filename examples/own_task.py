@@ -7,8 +7,7 @@ import numpy as np
 from sklearn.datasets import load_breast_cancer
 from torch import nn
 
-from fluffle import Dataset, TaskDefinition
-from workers.scaler import FederatedScaler
+from fluffle import Dataset, FederatedScaler, TaskDefinition
 
 
 def load() -> Dataset:

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aggregator.daemon import Aggregator
-    from aggregator.takeover import Job
+    from aggregator.job import Job
     from broker.errors import FluffleError
     from broker.memory import MemoryBroker
     from broker.topology import Topology
     from fluffle.face import Result, resume, simulate
     from workers.data import Dataset
+    from workers.journal import FileJournal, MemoryJournal
+    from workers.link import WorkerSettings
     from workers.preprocess import Preprocess, Reference
-    from workers.task import Evaluation, LearningTask, TrainConfig, TrainResult
+    from workers.scaler import FederatedScaler
+    from workers.task import Evaluation, LearningTask, TrainConfig, TrainResult, WorkAbandoned
     from workers.tasks import find_task
     from workers.torch_task import TaskDefinition
     from workers.worker import Site, Worker
@@ -26,10 +29,13 @@ __all__ = [
     "Aggregator",
     "Dataset",
     "Evaluation",
+    "FederatedScaler",
+    "FileJournal",
     "FluffleError",
     "Job",
     "LearningTask",
     "MemoryBroker",
+    "MemoryJournal",
     "Preprocess",
     "Reference",
     "Result",
@@ -38,7 +44,9 @@ __all__ = [
     "Topology",
     "TrainConfig",
     "TrainResult",
+    "WorkAbandoned",
     "Worker",
+    "WorkerSettings",
     "find_task",
     "resume",
     "simulate",
@@ -48,10 +56,13 @@ _HOMES = {
     "Aggregator": "aggregator.daemon",
     "Dataset": "workers.data",
     "Evaluation": "workers.task",
+    "FederatedScaler": "workers.scaler",
+    "FileJournal": "workers.journal",
     "FluffleError": "broker.errors",
-    "Job": "aggregator.takeover",
+    "Job": "aggregator.job",
     "LearningTask": "workers.task",
     "MemoryBroker": "broker.memory",
+    "MemoryJournal": "workers.journal",
     "Preprocess": "workers.preprocess",
     "Reference": "workers.preprocess",
     "Result": "fluffle.face",
@@ -60,7 +71,9 @@ _HOMES = {
     "Topology": "broker.topology",
     "TrainConfig": "workers.task",
     "TrainResult": "workers.task",
+    "WorkAbandoned": "workers.task",
     "Worker": "workers.worker",
+    "WorkerSettings": "workers.link",
     "find_task": "workers.tasks",
     "resume": "fluffle.face",
     "simulate": "fluffle.face",

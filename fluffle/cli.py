@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from broker.errors import ConfigError, FluffleError, StateError
+from broker.errors import ConfigError, FluffleError, StateError, first_known
 from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS, Flag
 
 if TYPE_CHECKING:
@@ -60,14 +60,6 @@ class Cli(click.Group):
             if known is None or ctx.params["debug"]:
                 raise
             raise (Misuse if isinstance(known, ConfigError) else Failure)(str(known)) from None
-
-
-def first_known(error: Exception) -> FluffleError | None:
-    """The error itself, or what is at the bottom of a task group's failure; None if a part of it is a surprise."""
-    if isinstance(error, ExceptionGroup):
-        found = [first_known(part) for part in error.exceptions]
-        return found[0] if all(found) else None
-    return error if isinstance(error, FluffleError) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,17 +195,18 @@ def simulate(asked: Asked, resume: bool, json_target: str | None) -> None:  # no
     from fluffle.display import make_display
     from fluffle.finish import finish
     from fluffle.rundir import RunDir
-    from fluffle.simulation import run_simulation
+    from fluffle.simulation import plan_simulation, run_simulation
     from fluffle.text import summary
 
     check_target(json_target)
     config = asked.config(resume=resume)
+    plan = plan_simulation(config)
     run = RunDir(config.run_dir)
     run.begin(config, resume=resume)
     display = make_display(f"{config.task} · {config.run.id}", config.stop.rounds, lines=bool(asked.log_format))
     asked.configure_logs(quiet=display.live)
     with display:
-        outcome = asyncio.run(run_simulation(config, display))
+        outcome = asyncio.run(run_simulation(plan, display))
     result = finish(run, config, outcome.record, outcome.wall_s)
     emit(result, summary(result, run), json_target)
 

@@ -92,7 +92,7 @@ class TrainSection(Part):
     lr: Annotated[float | None, Field(gt=0, description="step size at the participants")] = None
     batch_size: Annotated[int | None, Field(ge=0, description="examples per step; 0: all of them")] = None
     local_epochs: Annotated[int | None, Field(ge=1, description="passes over the local data per round")] = None
-    max_steps: Annotated[int | None, Field(ge=0, description="fewer steps than that per round; 0: no limit")] = None
+    max_steps: Annotated[int | None, Field(ge=0, description="at most so many steps per round; 0: no limit")] = None
     momentum: Annotated[float | None, Field(ge=0, lt=1, description="momentum of the local optimiser")] = None
     l2: Annotated[float | None, Field(ge=0, description="weight of the L2 penalty")] = None
 

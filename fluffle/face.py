@@ -18,7 +18,7 @@ from fluffle.layers import from_toml
 from fluffle.learning import load_model, task_defaults
 from fluffle.logs import configure_logs
 from fluffle.rundir import RunDir
-from fluffle.simulation import run_simulation
+from fluffle.simulation import plan_simulation, run_simulation
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,10 @@ def resume(directory: Path | str, settings: dict[str, Scalar] | None = None) -> 
 def _run(config: Config, *, resume: bool) -> Result:
     if not structlog.is_configured():
         configure_logs("info")
+    plan = plan_simulation(config)
     run = RunDir(config.run_dir)
     run.begin(config, resume=resume)
     with LogDisplay() as display:
-        outcome = asyncio.run(run_simulation(config, display))
+        outcome = asyncio.run(run_simulation(plan, display))
     summary = finish(run, config, outcome.record, outcome.wall_s)
     return Result(summary, load_model(run.model_file), run.path)

@@ -11,9 +11,10 @@ from functools import partial
 
 import structlog
 
-from aggregator.daemon import Aggregator, Surroundings
-from aggregator.takeover import Job
-from broker.errors import ConfigError
+from aggregator.daemon import Aggregator
+from aggregator.job import Job, Surroundings
+from aggregator.strategies import make_strategy
+from broker.errors import ConfigError, first_known
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
 from broker.tensors import Arrays
@@ -31,6 +32,8 @@ from workers.torch_task import TaskDefinition
 from workers.trainer import Sizes
 from workers.worker import Site, Worker
 
+MEASURED = {"accuracy": {"loss", "accuracy"}, "rmse": {"loss", "rmse", "mae"}}
+
 log = structlog.get_logger(__name__)
 
 
@@ -42,33 +45,67 @@ class Outcome:
     wall_s: float
 
 
-async def run_simulation(config: Config, display: Display) -> Outcome:
-    """Runs to the end, or goes on from the checkpoints in the run directory.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a simulation needs, found to be possible before anything is written."""
 
-    All participants share one training thread with one torch thread, so that equal seeds give equal bits.
-    """
+    config: Config
+    definition: TaskDefinition
+    shares: Shares
+
+
+def plan_simulation(config: Config) -> Plan:
+    """Loads the task and shares out its data. Raises FluffleError for what cannot work."""
     if config.broker.url != "memory":
         raise ConfigError(
             f"broker.url = {config.broker.url.split('@')[-1]!r}: simulations run on the embedded broker only: "
             "use --broker memory"
         )
-    use_one_thread()
+    make_strategy(config.strategy, config.round)
     definition = find_task(config.task)
-    shares = await asyncio.to_thread(shares_of, config, definition)
-    display.on_notice("data_shared_out", **_holdings(shares))
-    topology = Topology(config.run.federation)
+    definition.recipe(config.train.chosen())
+    _check_metrics(config, definition)
+    return Plan(config, definition, shares_of(config, definition))
+
+
+def _check_metrics(config: Config, definition: TaskDefinition) -> None:
+    """Refuses to wait for a metric that nobody measures."""
+    measured = {"train_loss"} | (MEASURED[definition.metric] if config.evaluation.mode != "none" else set())
+    target = config.stop.target_metric.partition(":")[0]
+    judged = config.evaluation.metric or (definition.metric if config.stop.patience else "")
+    for setting, name in (
+        ("stop.target_metric", target),
+        ("evaluation.metric, which stop.patience needs,", judged),
+    ):
+        if name and name not in measured:
+            raise ConfigError(
+                f"{setting} is {name!r}, which task {definition.name!r} does not measure with evaluation.mode = "
+                f"{config.evaluation.mode}: it measures {', '.join(sorted(measured))}"
+            )
+
+
+async def run_simulation(plan: Plan, display: Display) -> Outcome:
+    """Runs to the end, or goes on from the checkpoints in the run directory.
+
+    All participants share one training thread with one torch thread, so that equal seeds give equal bits.
+    """
+    use_one_thread()
+    display.on_notice("data_shared_out", **_holdings(plan.shares))
+    topology = Topology(plan.config.run.federation)
     broker = MemoryBroker(topology.access)
     await _set_up(broker, topology)
     began = time.monotonic()
     thread = ThreadPoolExecutor(1, "train")
     try:
         async with asyncio.TaskGroup() as group:
-            workers = [_worker(config, definition, shard, broker, thread) for shard in shares.shards]
+            workers = [_worker(plan, shard, broker, thread) for shard in plan.shares.shards]
             for worker in workers:
                 group.create_task(worker.run(), name=worker.participant)
-            record = await _aggregator(config, definition, shares, broker, display).run()
+            record = await _aggregator(plan, broker, display).run()
             for worker in workers:
                 worker.stop()
+    except ExceptionGroup as failures:
+        raise first_known(failures) or failures from failures
     finally:
         await asyncio.to_thread(thread.shutdown)
     return Outcome(record, time.monotonic() - began)
@@ -81,11 +118,10 @@ async def _set_up(broker: Broker, topology: Topology) -> None:
     await connection.close()
 
 
-def _worker(
-    config: Config, definition: TaskDefinition, shard: Shard, broker: Broker, thread: ThreadPoolExecutor
-) -> Worker:
+def _worker(plan: Plan, shard: Shard, broker: Broker, thread: ThreadPoolExecutor) -> Worker:
+    config = plan.config
     held_out = shard.held_out if len(shard.held_out) else None
-    task = definition.bind(shard.train, held_out, shard.name)
+    task = plan.definition.bind(shard.train, held_out, shard.name)
     log.info("data_prepared", participant=shard.name, **task.report.to_dict())
     settings = WorkerSettings(
         heartbeat_s=config.broker.heartbeat_s,
@@ -96,10 +132,8 @@ def _worker(
     return Worker(site, broker, Topology(config.run.federation), settings)
 
 
-def _aggregator(
-    config: Config, definition: TaskDefinition, shares: Shares, broker: Broker, display: Display
-) -> Aggregator:
-    judge = definition.bind(held_out=shares.held_out)
+def _aggregator(plan: Plan, broker: Broker, display: Display) -> Aggregator:
+    config, judge = plan.config, plan.definition.bind(held_out=plan.shares.held_out)
 
     def evaluate(arrays: Arrays) -> dict[str, float]:
         return judge.evaluate(arrays).metrics
@@ -108,7 +142,7 @@ def _aggregator(
         settings=config.run_settings(),
         initial=judge.initial,
         evaluate=evaluate,
-        metric=config.evaluation.metric or definition.metric,
+        metric=config.evaluation.metric or plan.definition.metric,
         from_checkpoint=True,  # the command refuses a used directory unless it is to resume
     )
     notice = partial(_notice, display)

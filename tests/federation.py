@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from aggregator.daemon import Aggregator, Surroundings
+from aggregator.daemon import Aggregator
 from aggregator.history import History, RoundReport
+from aggregator.job import Job, Surroundings
 from aggregator.settings import BrokerSettings, EvaluationSettings, RoundSettings, RunSettings, StopSettings
-from aggregator.takeover import Job
 from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
 from broker.tensors import Arrays

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.durable import replace_file
 from broker.errors import DataError
 
 Indices = NDArray[np.intp]
@@ -270,13 +271,4 @@ def _read_files(folder: Path) -> dict[str, bytes]:
 def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        _write_atomically(folder / name, data)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Readers see the old file or the whole new one, also after a crash."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as scratch:
-        scratch.write(data)
-        scratch.flush()
-        os.fsync(scratch.fileno())
-    os.replace(scratch.name, path)
+        replace_file(folder / name, data, folder / f"{name}.{os.getpid()}.new")

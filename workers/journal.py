@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Protocol
 
 import structlog
 
+from broker.durable import replace_file
 from broker.errors import BadMessage, StateError
 from broker.messages import Message, TrainRound, UpdateReady
 from broker.tensors import Buffer
@@ -148,20 +148,9 @@ def _set_aside(path: Path, why: str) -> None:
 
 
 def _replace(path: Path, content: Buffer) -> None:
-    """Writes beside, syncs, renames, syncs the directory: after a power loss it is the old or the new."""
-    beside = path.with_suffix(".new")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        replace_file(path, content, path.with_suffix(".new"))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import structlog
 
-from broker.errors import ConnectionLost, TransportError
+from broker.errors import AccessRefused, ConnectionLost, TransportError
 from broker.messages import FromParticipant, Where
 from broker.payloads import Address, Assembly, collect, upload, verify
 from broker.retry import Backoff, publish
@@ -99,7 +99,7 @@ class Link:
         try:
             writer = await self._broker.connect(self.participant, purpose="publish")
             try:
-                await reader.declare(*self._topology.inbox_declarations(self.participant))
+                await self._declare_inbox(reader)
                 inbox = await reader.consume(self._topology.inbox(self.participant), prefetch=1)
                 self._reader, self._writer = reader, writer
                 await listener.on_connected()
@@ -110,6 +110,16 @@ class Link:
                 await writer.close()
         finally:
             await reader.close()
+
+    async def _declare_inbox(self, reader: Transport) -> None:
+        try:
+            await reader.declare(*self._topology.inbox_declarations(self.participant))
+        except (ConnectionLost, AccessRefused):
+            raise
+        except TransportError as error:
+            raise TransportError(
+                f"federation {self._topology.federation!r} is not set up yet ({error}): waiting for its aggregator"
+            ) from error
 
     async def _listen(self, inbox: Inbox, listener: Listener) -> None:
         clock = asyncio.get_running_loop().time

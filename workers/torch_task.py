@@ -136,7 +136,7 @@ class TorchTask:
         arrays = self._finite(arrays_of(self._module), chosen)
         examples = sum(count for _, count in losses)
         loss = math.fsum(loss * count for loss, count in losses) / examples
-        return TrainResult(arrays, self.num_examples, {"loss": loss, "steps": float(len(losses))})
+        return TrainResult(arrays, self.num_examples, {"loss": loss})
 
     def _gradient(self, chosen: Recipe) -> TrainResult:
         """The mean gradient over all local examples with the penalty's; zeros for buffers."""

@@ -18,6 +18,7 @@ import structlog
 
 from broker.errors import BadMessage, StateError, TransportError
 from broker.messages import Heartbeat, Join, Leave, TrainFailed, TrainRound
+from broker.offload import contained
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
 from broker.wire import decode
@@ -127,8 +128,10 @@ class Worker:
                 self._held = None
                 await self.site.journal.drop_held()
                 log.debug("update_settled", participant=self.participant, task=held.update.task, fate=fate)
-            elif task == held.update.task or (told.task == held.update.task and self.participant in told.asked):
+            elif task == held.update.task:
                 held.sent = False  # the aggregator does not have it
+            elif told.task == held.update.task and self.participant in told.asked:
+                await self.on_heartbeat()  # it did not have it when it asked; has it come meanwhile?
         if told.finished:
             self.finished.set()
         self._news.set()
@@ -137,8 +140,8 @@ class Worker:
         phase, task = "idle", 0
         if self._training is not None:
             phase, task = "training", self._training.task
-        elif self._held is not None:
-            phase, task = "holding", self._held.update.task
+        elif self._held is not None:  # "holding" only once it is on its way: the stream keeps that order
+            phase, task = "holding" if self._held.sent else "training", self._held.update.task
         run_id, epoch = (self._order.told.run_id, self._order.told.epoch) if self._order else ("", 0)
         return {"participant": self.participant, "run_id": run_id, "epoch": epoch, "phase": phase, "task": task}
 
@@ -149,9 +152,9 @@ class Worker:
             await self._news.wait()
             self._news.clear()
             try:
-                if self._held and not self._held.sent:
-                    await self._link.deliver(self._held)
-                    self._held.sent = True
+                if (held := self._held) and not held.sent:
+                    await self._link.deliver(held)  # meanwhile an order may settle it
+                    held.sent = True
                 if self._stopping.is_set():
                     return
                 if self._order and self._is_to_do(self._order.told):
@@ -182,7 +185,7 @@ class Worker:
             raise
         except Exception as error:  # whatever a user's task raises: the worker lives on
             log.exception("task_failed", participant=self.participant, task=told.task)
-            reason = f"{type(error).__name__}: {error}"[:2000]
+            reason = f"{type(error).__name__}: {error}"[:2000].encode(errors="replace").decode()
             await self._link.send(
                 TrainFailed(participant=self.participant, run_id=told.run_id, task=told.task, error=reason)
             )
@@ -195,7 +198,9 @@ class Worker:
             raise BadMessage("the order names no model")
         blob = await self._link.fetch(order.told.model, order.payload)
         config = train_config(order.told, self.participant, self._abandoned.is_set)
-        work = partial(carry_out, self.site.task, order.told, blob, config, self.participant, self._settings.sizes)
+        work = partial(
+            contained(carry_out), self.site.task, order.told, blob, config, self.participant, self._settings.sizes
+        )
         held = await asyncio.get_running_loop().run_in_executor(self.site.executor, work)
         await self._lag(self._settings.lag_s(held.update.seconds))
         return held  # what is finished is published, even if it may be late: the ledger shall know

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aggregator.daemon import Surroundings
 from aggregator.history import RoundReport
+from aggregator.job import Surroundings
 from broker import tensors
 from broker.errors import AccessRefused
 from broker.head import Decision, HeadRecord

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from aggregator.job import Surroundings
+from aggregator.registry import sample
 from aggregator.settings import RunSettings
+from broker import tensors
 from broker.errors import BadMessage, ConfigError, StateError
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
-from broker.messages import Leave, Message, TrainFailed, UpdateReady
+from broker.messages import Heartbeat, Leave, Message, TrainFailed, UpdateReady
 from broker.tensors import Arrays
 from broker.topology import AGGREGATOR, Topology
 from broker.wire import decode
@@ -40,6 +44,8 @@ def federation(tmp_path: Path) -> Federation:
 @asynccontextmanager
 async def running(federation: Federation, run: RunSettings, **options: object) -> AsyncIterator[Run]:
     """An aggregator at work, workers that come and go, and an end to all waiting."""
+    connection = await federation.broker.connect(AGGREGATOR, purpose="audit")
+    await connection.declare(*TOPOLOGY.aggregator_declarations())
     async with asyncio.timeout(30), federation.crowd() as crowd:
         yield Run(crowd, asyncio.create_task(federation.aggregator(run, **options).run()))
 
@@ -50,19 +56,41 @@ class Run:
     aggregator: asyncio.Task[HeadRecord]
 
 
-async def said(federation: Federation, kind: type[Message]) -> list[tuple[str, Message]]:
-    """Every message of that kind that participants sent, oldest first."""
+async def messages(federation: Federation, patience_s: float) -> AsyncIterator[tuple[str, Message]]:
+    """Everything that participants say, oldest first, until nothing came for so long."""
     reader = await federation.broker.connect(AGGREGATOR, purpose="audit")
-    inbox, found = await reader.read(TOPOLOGY.updates, offset="first"), []
-    while (delivery := await inbox.get(0)) is not None:
-        try:
-            message, _ = decode(delivery.body)
-        except BadMessage:
-            continue
-        if isinstance(message, kind):
-            found.append((delivery.sender, message))
+    inbox = await reader.read(TOPOLOGY.updates, offset="first")
+    while (delivery := await inbox.get(patience_s)) is not None:
+        with suppress(BadMessage):
+            yield delivery.sender, decode(delivery.body)[0]
     await reader.close()
-    return found
+
+
+async def said(federation: Federation, kind: type[Message]) -> list[tuple[str, Message]]:
+    """What participants said of that kind."""
+    return [(sender, message) async for sender, message in messages(federation, 0) if isinstance(message, kind)]
+
+
+async def updates_there(federation: Federation, count: int) -> None:
+    """Returns once so many updates arrived."""
+    async with aclosing(messages(federation, 10.0)) as heard:
+        async for _, message in heard:
+            count -= isinstance(message, UpdateReady)
+            if count == 0:
+                return
+
+
+async def at_work(federation: Federation, name: str) -> None:
+    """Returns once that participant said that it trains."""
+    async with aclosing(messages(federation, 10.0)) as heard:
+        async for sender, message in heard:
+            if sender == name and isinstance(message, Heartbeat) and message.phase == "training":
+                return
+
+
+async def model_of(federation: Federation, head: HeadRecord) -> Arrays:
+    path = federation.directory / "checkpoints" / f"{digest(head)}.safetensors"
+    return tensors.decode(await asyncio.to_thread(path.read_bytes))
 
 
 def digest(head: HeadRecord) -> str:
@@ -99,7 +127,7 @@ async def test_rounds_close_at_the_deadline_with_the_quorum_whoever_is_slow_or_g
     deadline_s = 0.5
     run = settings(10, rounds=7, round={"quorum": 7, "deadline_s": deadline_s})
     federation.tasks["p01"] = Stubborn("p01", 5 * 0.15)
-    async with running(federation, run) as (job):
+    async with running(federation, run) as job:
         job.crowd.start("p01", "p10")
         job.crowd.start(*names(9)[1:], lag_s=0.1)
         await federation.closed(1)
@@ -165,12 +193,439 @@ async def test_late_updates_fold_with_a_weight_damped_by_staleness(federation: F
     assert max(line.staleness for line in late) >= 2
     # Each fold moves the model by its share of the round it came in: with two updates of 1000 examples.
     expected = sum(line.weight / (2000 + line.weight) for line in late)
-    model = await asyncio.to_thread(lambda: _load(federation, head))
+    model = await model_of(federation, head)
     assert model["w"] == pytest.approx(expected, rel=1e-5)
     assert 0 < expected < len(late)
 
 
-def _load(federation: Federation, head: HeadRecord) -> Arrays:
-    from broker.tensors import decode as read
+# -- attempts, and who comes late -----------------------------------------------------------------------------
 
-    return read((federation.directory / "checkpoints" / f"{digest(head)}.safetensors").read_bytes())
+
+async def test_below_the_quorum_attempts_go_on_until_somebody_appears(federation: Federation) -> None:
+    run = settings(3, rounds=2, round={"quorum": 3, "deadline_s": 0.3, "deadline_growth": 1.5})
+    async with running(federation, run) as job:
+        job.crowd.start("p01", "p02")
+        job.crowd.start("p03", lag_s=60.0)
+        await at_work(federation, "p03")
+        await job.crowd.vanish("p03")
+        await asyncio.sleep(1.0)
+        assert federation.reports == []
+        job.crowd.start("p03")
+        head = await job.aggregator
+    first = federation.reports[0]
+    assert first.attempt >= 2
+    assert (first.accepted, first.late, first.rejected, first.duplicate) == (3, 0, 0, 0)
+    assert len(await said(federation, UpdateReady)) == 6  # nobody sent anything again for a further attempt
+    quiet = Federation(MemoryBroker(), federation.directory / "quiet", names(3))
+    assert digest(head) == digest(await quiet.run(settings(3, rounds=2)))
+
+
+async def test_who_vanished_is_replaced_by_a_reserve(federation: Federation) -> None:
+    run = settings(3, rounds=1, round={"cohort": 2, "deadline_s": 0.5}, broker={"liveness_s": 0.7})
+    asked = sample(names(3), 2, run.seed, 1)
+    [reserve] = set(names(3)) - set(asked)
+    async with running(federation, run) as job:
+        job.crowd.start(asked[0], reserve)
+        job.crowd.start(asked[1], lag_s=60.0)
+        await updates_there(federation, 1)
+        await job.crowd.vanish(asked[1])
+        await job.aggregator
+    counted = [line.participant for line in await federation.ledger() if line.verdict == "counted"]
+    assert sorted(counted) == sorted([asked[0], reserve])
+
+
+async def test_who_joins_in_the_middle_is_asked_in_the_open_round(federation: Federation) -> None:
+    async with running(federation, settings(2, rounds=2)) as job:
+        job.crowd.start("p01", "p02", lag_s=0.6)
+        await at_work(federation, "p01")
+        job.crowd.start("p03")
+        await job.aggregator
+    assert [(report.cohort, report.accepted) for report in federation.reports] == [(3, 3), (3, 3)]
+    assert federation.tasks["p03"].trained == [1, 2]
+
+
+@pytest.mark.parametrize("journal", ["kept", "lost"])
+async def test_a_worker_that_restarts_in_good_order_is_asked_again_in_the_open_round(
+    federation: Federation, undisturbed: str, journal: str
+) -> None:
+    """It must not cost the round its deadline, which is half a minute here."""
+    async with running(federation, settings(3, rounds=4)) as job:
+        job.crowd.start("p01", "p02")
+        job.crowd.start("p03", lag_s=60.0)
+        await at_work(federation, "p03")
+        await job.crowd.stop("p03")
+        if journal == "lost":
+            del federation.journals["p03"]
+        job.crowd.start("p03")
+        head = await job.aggregator
+    assert digest(head) == undisturbed
+    assert [report.attempt for report in federation.reports] == [1, 1, 1, 1]
+
+
+# -- tasks that fail, workers that stop -----------------------------------------------------------------------
+
+
+class Fails(Pull):
+    """Raises, or returns nonsense, in its first round."""
+
+    def __init__(self, name: str, fault: Callable[[Arrays], TrainResult]) -> None:
+        super().__init__(name)
+        self.fault = fault
+
+    def train(self, arrays: Arrays, config: TrainConfig) -> TrainResult:
+        return self.fault(arrays) if config.round == 1 else super().train(arrays, config)
+
+
+def raises(error: Exception) -> Callable[[Arrays], TrainResult]:
+    def fault(arrays: Arrays) -> TrainResult:
+        raise error
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (raises(ValueError("no such column: age")), "ValueError: no such column: age"),
+        (raises(RuntimeError("x" * 5000)), "RuntimeError: xxx"),
+        (raises(OSError("cannot open \udcff\x00")), "OSError: cannot open"),
+        (raises(MemoryError()), "MemoryError"),
+        (raises(StopIteration()), "StopIteration"),
+        (lambda arrays: TrainResult({**arrays, "v": np.zeros(1)}, 10), "other arrays .* unknown tensor 'v'"),
+        (lambda arrays: TrainResult({"w": arrays["w"]}, 10), "other arrays .* 'steps' is missing"),
+        (lambda arrays: TrainResult(dict(arrays), 10, {"loss": math.nan}), "metric 'loss' is nan"),
+        (lambda arrays: TrainResult(dict(arrays), 0), "num_examples"),
+        (lambda arrays: None, "'NoneType'"),
+    ],
+    ids=["raises", "a long error", "not text", "no memory", "stop", "more", "less", "NaN", "no examples", "none"],
+)  # fmt: skip
+async def test_a_task_that_fails_is_reported_and_its_worker_lives_on(
+    federation: Federation, fault: Callable[[Arrays], TrainResult], reason: str
+) -> None:
+    federation.tasks["p03"] = Fails("p03", fault)
+    async with running(federation, settings(3, rounds=2, round={"quorum": 2})) as job:
+        job.crowd.start(*names(3))
+        await job.aggregator
+    assert [(report.cohort, report.accepted) for report in federation.reports] == [(3, 2), (3, 3)]
+    assert federation.reports[0].duration_s < SLACK_S + 1  # nobody waits for what failed
+    [(sender, failure)] = await said(federation, TrainFailed)
+    assert isinstance(failure, TrainFailed)
+    assert (sender, failure.task) == ("p03", 1)
+    assert re.search(reason, failure.error)
+
+
+async def test_a_failed_task_is_offered_again_with_the_next_attempt(federation: Federation) -> None:
+    failures = 0
+
+    def fault(arrays: Arrays) -> TrainResult:
+        nonlocal failures
+        failures += 1
+        if failures < 3:
+            raise RuntimeError("not now")
+        return TrainResult(dict(arrays), 10)
+
+    federation.tasks["p03"] = Fails("p03", fault)
+    run = settings(3, rounds=1, round={"deadline_s": 0.3, "deadline_growth": 1.0})
+    async with running(federation, run) as job:
+        job.crowd.start(*names(3))
+        await job.aggregator
+    assert (federation.reports[0].accepted, federation.reports[0].attempt) == (3, 3)
+
+
+class Endless(Pull):
+    """Trains until it is told that this became pointless."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.stopped: list[int] = []
+
+    def train(self, arrays: Arrays, config: TrainConfig) -> TrainResult:
+        while not config.should_stop():
+            time.sleep(0.005)
+        self.stopped.append(config.round)
+        raise WorkAbandoned("told to stop")
+
+
+async def test_a_newer_round_makes_running_work_stop(federation: Federation) -> None:
+    endless = federation.tasks["p03"] = Endless("p03")
+    async with running(federation, settings(3, rounds=4, round={"target": 2})) as job:
+        job.crowd.start("p03")
+        job.crowd.start("p01", "p02", lag_s=0.1)
+        await job.aggregator
+    assert endless.stopped[:3] == [1, 2, 3]
+    assert await said(federation, TrainFailed) == []
+    assert {sender for sender, _ in await said(federation, UpdateReady)} == {"p01", "p02"}
+
+
+async def test_a_worker_that_is_stopped_abandons_its_training_and_leaves(federation: Federation) -> None:
+    endless = federation.tasks["p03"] = Endless("p03")
+    async with running(federation, settings(3, rounds=3, round={"quorum": 2})) as job:
+        job.crowd.start(*names(3))
+        await at_work(federation, "p03")
+        await job.crowd.stop("p03")
+        assert [name for name, _ in await said(federation, Leave)] == ["p03"]
+        await job.aggregator
+    assert endless.stopped == [1]
+    assert [report.cohort for report in federation.reports] == [3, 2, 2]
+    assert sum(report.duration_s for report in federation.reports) < 1 + SLACK_S  # nobody waited for it
+
+
+class StopsItself(Pull):
+    """Asks its worker to stop just before it has finished."""
+
+    stop: Callable[[], None]
+
+    def train(self, arrays: Arrays, config: TrainConfig) -> TrainResult:
+        self.stop()
+        time.sleep(0.1)
+        return super().train(arrays, config)
+
+
+async def test_a_worker_that_is_stopped_publishes_what_it_has_finished(federation: Federation) -> None:
+    loop = asyncio.get_running_loop()
+    task = federation.tasks["p03"] = StopsItself("p03")
+    async with running(federation, settings(3, rounds=2, round={"quorum": 2})) as job:
+        job.crowd.start(*names(3))
+        task.stop = lambda: loop.call_soon_threadsafe(job.crowd.workers["p03"].stop)
+        await job.crowd.running["p03"]
+        await federation.closed(1)
+        await job.aggregator
+    assert federation.reports[0].accepted == 3
+    assert federation.reports[1].accepted == 2
+    assert [type(message) for sender, message in await said(federation, Message) if sender == "p03"][-2:] == [
+        UpdateReady,
+        Leave,
+    ]
+
+
+async def test_a_worker_stops_while_the_broker_cannot_be_reached(federation: Federation) -> None:
+    assert isinstance(federation.broker, MemoryBroker)
+    federation.broker.stop()
+    async with asyncio.timeout(5), federation.crowd() as crowd:
+        crowd.start("p01")
+        await asyncio.sleep(0.1)
+        await crowd.stop("p01")
+        crowd.workers["p01"].stop()
+
+
+# -- evaluation and the end -----------------------------------------------------------------------------------
+
+
+async def test_participants_measure_each_version_on_their_own_data(
+    federation: Federation, undisturbed: str
+) -> None:
+    run = settings(3, rounds=4, evaluation={"mode": "federated", "every": 2})
+    head = await federation.run(run)
+    assert [(report.round, report.work) for report in federation.reports] == [
+        (1, "train"), (2, "train"), (2, "evaluate"), (3, "train"), (4, "train"), (4, "evaluate"),
+    ]  # fmt: skip
+    model = await model_of(federation, head)
+    losses = [task.evaluate(model).metrics["loss"] for task in federation.tasks.values()]
+    assert head.metrics["loss"] == pytest.approx(sum(losses) / 3)
+    assert head.best
+    assert head.best.round in (2, 4)
+    assert digest(head) == undisturbed
+    assert head.metrics["train_loss"] == federation.reports[-2].metrics["train_loss"]
+
+
+async def test_the_aggregator_measures_each_version_on_its_own_data(federation: Federation) -> None:
+    seen: list[float] = []
+
+    def evaluate(model: Arrays) -> dict[str, float]:
+        seen.append(float(model["w"][0]))
+        return {"accuracy": [0.5, 0.9, 0.7, 0.8][len(seen) - 1]}
+
+    head = await federation.run(
+        settings(3, rounds=4, evaluation={"mode": "central"}), evaluate=evaluate, metric="accuracy"
+    )
+    assert [report.metrics["accuracy"] for report in federation.reports] == [0.5, 0.9, 0.7, 0.8]
+    assert len(set(seen)) == 4
+    assert head.best
+    assert (head.best.round, head.best.value) == (2, 0.9)
+    best = federation.directory / "checkpoints" / f"{head.best.sha256}.safetensors"
+    assert await asyncio.to_thread(best.exists)
+
+
+async def test_a_metric_that_is_not_finite_is_told_and_left_out(federation: Federation, undisturbed: str) -> None:
+    notices: list[tuple[str, Mapping[str, object]]] = []
+    around = Surroundings(on_notice=lambda event, fields: notices.append((event, fields)))
+    run = settings(3, rounds=4, evaluation={"mode": "central"})
+    values = iter([0.5, math.nan, math.inf, 0.25])
+    head = await federation.run(run, around=around, evaluate=lambda _: {"loss": next(values), "accuracy": 0.5})
+    assert [fields for event, fields in notices if event == "metric_not_finite"] == [
+        {"loss": "nan"},
+        {"loss": "inf"},
+    ]
+    assert (head.metrics["loss"], head.metrics["accuracy"]) == (0.25, 0.5)
+    assert head.best
+    assert head.best.version == 4
+    assert digest(head) == undisturbed
+
+
+async def test_an_evaluation_that_raises_ends_the_run_and_says_so(federation: Federation) -> None:
+    run = settings(3, rounds=4, evaluation={"mode": "central"})
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        await of_group(federation.run(run, evaluate=lambda _: {"loss": next(iter([]))}))
+
+
+async def of_group(awaitable: Awaitable[HeadRecord]) -> HeadRecord:
+    """The one error of a task group as itself."""
+    try:
+        return await awaitable
+    except BaseExceptionGroup as group:
+        [error] = group.exceptions
+        raise error from None
+
+
+@pytest.mark.parametrize(
+    ("stop", "why", "rounds"),
+    [
+        ({"target_metric": "accuracy:0.85"}, "reached accuracy:0.85", 2),
+        ({"patience": 2}, "no better version for 2 evaluations", 4),
+        ({"max_seconds": 0.001}, "0.001 seconds passed", 1),
+        ({}, "all 6 rounds done", 6),
+    ],
+)
+async def test_a_run_ends_when_it_should(
+    federation: Federation, stop: dict[str, object], why: str, rounds: int
+) -> None:
+    accuracy = iter([0.5, 0.9, 0.7, 0.8, 0.95, 0.9])
+    run = settings(3, rounds=6, stop=stop, evaluation={"mode": "central"})
+    async with federation.workers() as workers:
+        aggregator = federation.aggregator(run, evaluate=lambda _: {"accuracy": next(accuracy)}, metric="accuracy")
+        head = await aggregator.run()
+        async with asyncio.timeout(5):
+            for worker in workers:
+                await worker.finished.wait()
+    assert (head.finished, head.round, len(federation.reports)) == (why, rounds, rounds)
+
+
+# -- runs that follow, go on, or are given up -----------------------------------------------------------------
+
+
+async def test_workers_serve_one_run_after_another(federation: Federation, undisturbed: str) -> None:
+    async with asyncio.timeout(30), federation.workers():
+        for number in (1, 2):
+            federation.directory = federation.directory / f"{number}"
+            head = await federation.aggregator(settings(3, rounds=4, run_id=f"run-{number}")).run()
+            assert digest(head) == undisturbed
+    assert [report.accepted for report in federation.reports] == [3] * 8
+
+
+async def interrupted(federation: Federation, rounds: int = 4, after: int = 2) -> None:
+    """A run whose aggregator is killed after some rounds."""
+    async with running(federation, settings(3, rounds=rounds)) as job:
+        job.crowd.start(*names(3), lag_s=0.05)
+        await federation.closed(after)
+        job.aggregator.cancel()
+
+
+async def test_a_run_goes_on_after_its_aggregator_was_killed(federation: Federation, undisturbed: str) -> None:
+    await interrupted(federation)
+    assert digest(await federation.run(settings(3, rounds=4))) == undisturbed
+
+
+async def test_a_run_goes_on_from_its_checkpoints_when_the_broker_lost_everything(
+    federation: Federation, undisturbed: str
+) -> None:
+    await interrupted(federation)
+    federation.broker = MemoryBroker(TOPOLOGY.access)
+    with pytest.raises(StateError, match=r"run 'run-1' has checkpoints up to version \d, but the broker has no"):
+        await of_group(federation.run(settings(3, rounds=4)))
+    head = await federation.run(settings(3, rounds=4), from_checkpoint=True)
+    assert digest(head) == undisturbed
+    assert sum(len(task.trained) for task in federation.tasks.values()) < 2 * 12  # it did not begin again
+
+
+async def test_a_run_can_begin_again_beside_its_checkpoints(federation: Federation, undisturbed: str) -> None:
+    await interrupted(federation)
+    federation.broker = MemoryBroker(TOPOLOGY.access)
+    head = await federation.run(settings(3, rounds=4), fresh=True)
+    assert (digest(head), head.version) == (undisturbed, 4)
+
+
+async def test_checkpoints_of_another_run_are_not_taken_for_this_one(
+    federation: Federation, undisturbed: str
+) -> None:
+    await interrupted(federation)
+    federation.broker = MemoryBroker(TOPOLOGY.access)
+    run = settings(3, rounds=4, run_id="run-2")
+    for options in ({}, {"from_checkpoint": True}):
+        with pytest.raises(StateError, match="checkpoints of another run, 'run-1': choose another directory"):
+            await of_group(federation.run(run, **options))
+    assert digest(await federation.run(run, fresh=True)) == undisturbed
+
+
+async def test_an_unfinished_run_is_not_replaced_unless_it_is_named(
+    federation: Federation, undisturbed: str
+) -> None:
+    await interrupted(federation)
+    federation.directory = federation.directory / "next"
+    run = settings(3, rounds=4, run_id="run-2")
+    for named in ("", "run-0"):
+        with pytest.raises(ConfigError, match=r"is in run 'run-1' .* give it up with --abandon run-1"):
+            await of_group(federation.run(run, abandon=named))
+    head = await federation.run(run, abandon="run-1")
+    assert (head.run_id, digest(head)) == ("run-2", undisturbed)
+
+
+# -- large models, and a broker that fails --------------------------------------------------------------------
+
+STREAMS = {"inline_bytes": 0, "chunk_bytes": 1024}
+
+
+@pytest.mark.parametrize("updates", ["inline", "chunks"])
+async def test_large_models_and_updates_give_the_same_bits(tmp_path: Path, updates: str) -> None:
+    digests = []
+    for name, sections in (("inline", {}), ("stream", {"broker": STREAMS})):
+        federation = Federation(MemoryBroker(TOPOLOGY.access), tmp_path / name, names(3), size=3000)
+        if sections and updates == "chunks":
+            federation.sizes = Sizes(**STREAMS)
+        digests.append(digest(await federation.run(settings(3, rounds=3, **sections))))
+        assert isinstance(federation.broker, MemoryBroker)
+        streams = federation.broker.stats().streams
+        assert (TOPOLOGY.model("run-1") in streams) == bool(sections)
+        assert all(report.bytes_up > 3 * 4 * 3000 for report in federation.reports)
+    outbox = streams[TOPOLOGY.outbox("p01")]
+    assert (outbox.published > 3 * 10) == (updates == "chunks")
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("sizes", [{}, STREAMS], ids=["inline", "streams"])
+@pytest.mark.parametrize("rounds_before", [0, 1, 2])
+async def test_a_broker_that_restarts_changes_nothing(
+    federation: Federation, undisturbed: str, sizes: dict[str, int], rounds_before: int
+) -> None:
+    assert isinstance(federation.broker, MemoryBroker)
+    federation.sizes = Sizes(**sizes)
+    async with running(federation, settings(3, rounds=4, broker=sizes)) as job:
+        job.crowd.start("p01", "p02", lag_s=0.02)
+        job.crowd.start("p03", lag_s=0.1)
+        await federation.closed(rounds_before)
+        await asyncio.sleep(0.05)
+        federation.broker.stop()
+        await asyncio.sleep(0.1)
+        federation.broker.start()
+        head = await job.aggregator
+    assert digest(head) == undisturbed
+    counted = Counter((d.participant, d.task) for d in await federation.ledger() if d.verdict == "counted")
+    assert (len(counted), set(counted.values())) == (12, {1})
+
+
+@pytest.mark.parametrize("lost", [1, 3, 1000])
+async def test_updates_that_the_broker_lost_are_sent_again(
+    federation: Federation, undisturbed: str, lost: int
+) -> None:
+    """A power loss takes the end of the stream: two updates are in it, or what came before them, too."""
+    assert isinstance(federation.broker, MemoryBroker)
+    async with running(federation, settings(3, rounds=4)) as job:
+        job.crowd.start("p01", "p02")
+        job.crowd.start("p03", lag_s=0.5)
+        await federation.closed(1)
+        await updates_there(federation, 5)
+        federation.broker.stop()
+        federation.broker.lose_stream_tail(TOPOLOGY.updates, lost)
+        federation.broker.start()
+        head = await job.aggregator
+    assert digest(head) == undisturbed
+    assert [report.accepted for report in federation.reports] == [3, 3, 3, 3]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from broker.errors import ConfigError, TaskError
 from broker.messages import Scalar
 from broker.tensors import Arrays
 from fluffle import Result, find_task, resume, simulate
@@ -102,3 +103,14 @@ def test_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path) 
     resumed = resume(tmp_path / "cut", {"stop.rounds": 4})
     assert resumed.summary["model_sha256"] == whole.summary["model_sha256"]
     assert [row["round"] for row in resumed.summary["history"]] == [1, 2, 3, 4]
+
+
+def test_a_task_that_fails_everywhere_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"everybody failed in round 1: .*(not finite|lower train.lr)"):
+        run("digits", tmp_path / "run", round__participants=3, train__lr=1e5)
+
+
+def test_a_metric_that_nobody_measures_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'acc', which task 'digits' does not measure"):
+        run("digits", tmp_path / "run", stop__target_metric="acc:0.5")
+    assert not (tmp_path / "run").exists()

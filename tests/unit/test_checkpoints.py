@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 from structlog.testing import capture_logs
 
-from aggregator import checkpoints as module
 from aggregator.checkpoints import Checkpoints
+from broker import durable as module
 from broker import tensors
 from broker.errors import StateError
 from broker.head import Best, HeadRecord

@@ -83,6 +83,7 @@ def committed(config: Config) -> tuple[HeadRecord, bytes]:
 def simulation(monkeypatch: pytest.MonkeyPatch) -> Simulation:
     module: Any = types.ModuleType("fluffle.simulation")
     simulation = Simulation()
+    module.plan_simulation = lambda config: config
     module.run_simulation = simulation.simulate
     monkeypatch.setitem(sys.modules, "fluffle.simulation", module)
     return simulation

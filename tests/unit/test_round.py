@@ -65,13 +65,15 @@ def test_a_round_closes_early_if_only_failures_miss_and_the_quorum_is_there() ->
     assert current.step(0.0) is Step.CLOSE
 
 
-def test_if_all_failed_the_deadline_decides() -> None:
+def test_if_all_failed_they_are_asked_again_at_once_and_given_up_after_the_third_time() -> None:
     current = a_round(quorum=7)
-    for participant in names(10):
-        current.fail(participant)
-    assert current.missing == []
-    assert current.step(DEADLINE - 1) is Step.WAIT
-    assert current.step(DEADLINE) is Step.EXTEND
+    for expected in (Step.EXTEND, Step.EXTEND, Step.GIVE_UP):
+        for participant in names(10):
+            assert current.step(DEADLINE - 1) is Step.WAIT
+            current.fail(participant)
+        assert current.missing == []
+        assert current.step(DEADLINE - 1) is expected
+        current.reopen(current.extended(DEADLINE - 1, names(10), names(10)))
 
 
 def test_a_failure_after_the_update_or_of_a_stranger_changes_nothing() -> None:
@@ -100,6 +102,27 @@ def test_a_quorum_that_was_set_is_never_lowered() -> None:
 
 
 # -- how it goes on -------------------------------------------------------------------------------------------
+
+
+def test_nobody_waits_for_who_left_unless_it_is_back_in_time() -> None:
+    current = a_round(asked=3, accepted=2, quorum=2)
+    current.leave("p01")  # delivered before
+    current.leave("p03")
+    assert current.missing == []
+    assert current.step(0.0) is Step.CLOSE
+    current.come_back("p03")
+    assert current.missing == ["p03"]
+    assert current.step(0.0) is Step.WAIT
+    current.fail("p03")
+    current.come_back("p03")
+    assert current.missing == []  # it failed, and would again
+
+
+def test_an_update_of_who_left_counts() -> None:
+    current = a_round(asked=1)
+    current.leave("p01")
+    current.accept("p01", 3)
+    assert (current.left, current.step(0.0)) == (set(), Step.CLOSE)
 
 
 def test_an_extension_is_the_same_task_with_a_longer_deadline() -> None:
@@ -167,12 +190,13 @@ ROUNDS = st.integers(1, 8).flatmap(
     )
 )
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["accept", "fail", "pass", "vanish", "return"]), st.integers(0, 9)), max_size=60
+    st.tuples(st.sampled_from(["accept", "fail", "leave", "pass", "vanish", "return"]), st.integers(0, 9)),
+    max_size=60,
 )
 
 
 @given(settings=ROUNDS, asked=st.integers(1, 8), events=EVENTS)
-def test_no_sequence_of_events_hangs_a_round(
+def test_no_sequence_of_events_hangs_a_round(  # noqa: C901 - one case per event
     settings: RoundSettings, asked: int, events: list[tuple[str, int]]
 ) -> None:
     """Driven as the daemon does: it either waits for a moment ahead or closes; then all return, and it closes."""
@@ -185,16 +209,20 @@ def test_no_sequence_of_events_hangs_a_round(
                 current.accept(participant, 1)
             case "fail":
                 current.fail(participant)
+            case "leave":
+                current.leave(participant)
+                live.discard(participant)
             case "pass":
                 now += settings.deadline_s * number / 4
             case "vanish":
                 live.discard(participant)
             case "return":
+                current.come_back(participant)
                 live.add(participant)
-        if settle(current, now, sorted(live)) is Step.CLOSE:
+        if settle(current, now, sorted(live)) in (Step.CLOSE, Step.GIVE_UP):
             return
     now = current.open.deadline
-    if settle(current, now, everybody) is Step.CLOSE:
+    if settle(current, now, everybody) in (Step.CLOSE, Step.GIVE_UP):
         return
     for participant in current.missing:
         current.accept(participant, 1)
@@ -206,7 +234,7 @@ def settle(current: Round, now: float, live: list[str]) -> Step:
     step, before = current.step(now), set(current.accepted)
     assert current.target <= len(current.open.cohort)
     if step is Step.EXTEND:
-        assert now >= current.open.deadline
+        assert now >= current.open.deadline or current.failed == set(current.open.cohort)
         attempt = current.open.attempt
         current.reopen(current.extended(now, live, live))
         assert current.open.attempt == attempt + 1
@@ -215,6 +243,8 @@ def settle(current: Round, now: float, live: list[str]) -> Step:
         assert step is not Step.EXTEND
     if step is Step.CLOSE:
         assert len(current.accepted) >= current.quorum >= 1
+    elif step is Step.GIVE_UP:
+        assert current.failed == set(current.open.cohort)
     else:
         assert current.open.deadline > now
     assert set(current.accepted) == before

@@ -1,0 +1,29 @@
+"""Files that are whole, or not there: after a crash or a power loss it is the old content or the new."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from broker.tensors import Buffer
+
+
+def replace_file(path: Path, content: Buffer, beside: Path) -> None:
+    """Writes `beside` in the same directory, syncs it, gives it the name `path`, and syncs the directory.
+
+    Raises OSError; then `path` is what it was, and `beside` is gone.
+    """
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,176 @@
+"""Random schedules of faults for a leader, a standby and the workers; and of cuts for the head protocol alone.
+
+Whatever comes together: the model is the undisturbed run's, bit for bit, every update is counted exactly once,
+and commits form one chain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count, pairwise
+from pathlib import Path
+from random import Random
+
+import pytest
+import structlog
+from test_lead_and_commit import Outcome, check, ledger, offsets_of_updates
+
+from aggregator.lead import Lead
+from aggregator.settings import RunSettings
+from broker.errors import LeadershipLost, TransportError
+from broker.faults import FaultyBroker, Rates, SeededFaults
+from broker.memory import MemoryBroker
+from broker.topology import AGGREGATOR, Topology
+from broker.transport import Broker
+from fluffle.logs import configure_logs
+from tests.federation import Federation, names, settings
+from workers.trainer import Sizes
+
+TOPOLOGY = Topology("default")
+SIZES = {"inline_bytes": 0, "chunk_bytes": 1024}
+INLINE, STREAMS = settings(3, 2), settings(3, 2, broker=SIZES)
+RATES = Rates(disconnect=0.008, delay=0.03, fail_publish=0.02, duplicate=0.03, hold_back=0.03)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    before = structlog.get_config()
+    configure_logs("error")
+    yield
+    structlog.configure(**before)
+
+
+# -- whole runs -----------------------------------------------------------------------------------------------
+
+
+async def run_through(
+    directory: Path, run: RunSettings, aggregators: SeededFaults, workers: SeededFaults
+) -> Outcome:
+    """One run with a leader and a standby; its every wait ends within a minute."""
+    memory = MemoryBroker(TOPOLOGY.access)
+    federation = Federation(memory, directory, names(3), size=600)
+    federation.heartbeat_s = 0.2
+    federation.sizes = Sizes(run.broker.inline_bytes, run.broker.chunk_bytes)
+    federation.broker = FaultyBroker(memory, workers)
+    async with asyncio.timeout(60), federation.workers():
+        federation.broker = FaultyBroker(memory, aggregators)
+        both = [asyncio.create_task(federation.aggregator(run).run()) for _ in range(2)]
+        done, waiting = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        head = done.pop().result()
+    published = await offsets_of_updates(memory)
+    return Outcome(head, await asyncio.to_thread(ledger, directory), published)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    never = SeededFaults(0, Rates())
+    return asyncio.run(run_through(tmp_path_factory.mktemp("undisturbed"), STREAMS, never, never))
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 112))]
+)
+async def test_no_schedule_of_faults_changes_what_is_counted(
+    undisturbed: Outcome, seed: int, tmp_path: Path
+) -> None:
+    aggregators, workers = (SeededFaults(100 * seed + who, RATES, longest_s=0.05) for who in range(2))
+    outcome = await run_through(tmp_path, STREAMS if seed % 2 else INLINE, aggregators, workers)
+    assert aggregators.struck
+    assert workers.struck
+    check(outcome, undisturbed)
+
+
+# -- the head protocol alone ----------------------------------------------------------------------------------
+
+
+class Enough(Exception):
+    """So many commits returned that the chain can be looked at."""
+
+
+@dataclass
+class Chain:
+    """Every commit that was tried, by the name in its payload, and the ones that returned."""
+
+    before: dict[str, str] = field(default_factory=dict)
+    ranks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    returned: list[str] = field(default_factory=list)
+
+    def back_from(self, name: str) -> list[str]:
+        """The names that lead to this one, newest first."""
+        names = []
+        while name:
+            names.append(name)
+            name = self.before[name]
+        return names
+
+
+async def lead_for_ever(broker: Broker, me: str, chain: Chain, dice: Random) -> None:
+    """Stands by, leads, commits one record after another, and begins again whenever that breaks."""
+    for term in count():
+        with suppress(TransportError, LeadershipLost):
+            reader = await broker.connect(AGGREGATOR, purpose=f"lead {me}")
+            writer = await broker.connect(AGGREGATOR, purpose=f"publish {me}")
+            try:
+                lead = await Lead(reader, writer, TOPOLOGY, f"{me}-{term}", 1.0).acquire()
+                while True:
+                    await commit_next(lead, chain)
+                    await asyncio.sleep(dice.choice([0, 0, 0.001, 0.01]))
+            finally:
+                await reader.close()
+                await writer.close()
+        await asyncio.sleep(dice.uniform(0, 0.01))
+
+
+async def commit_next(lead: Lead, chain: Chain) -> None:
+    record = lead.record.with_(seq=lead.record.seq + 1)
+    name = f"{lead.name} {record.rank}"
+    chain.before[name], chain.ranks[name] = bytes(lead.payload).decode(), record.rank
+    await lead.commit(record, name.encode())
+    chain.returned.append(name)
+    if len(chain.returned) == 25:
+        raise Enough
+
+
+async def cut_at_random(memory: MemoryBroker, dice: Random) -> None:
+    """Mostly one of a leader's two connections, so that it lives on with the other; sometimes all at once."""
+    while True:
+        await asyncio.sleep(dice.uniform(0, 0.08))
+        if memory.connections and dice.random() < 0.9:
+            dice.choice(memory.connections).abort()
+        else:
+            memory.stop()
+            memory.start()
+
+
+async def last_name(memory: MemoryBroker) -> str:
+    """What the newest record says, as the next leader finds it."""
+    connection = await memory.connect(AGGREGATOR, purpose="audit")
+    lead = await Lead(connection, connection, TOPOLOGY, "audit", 5.0).acquire()
+    return bytes(lead.payload).decode()
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 112))]
+)
+async def test_commits_form_one_chain_whoever_leads_and_whatever_breaks(seed: int) -> None:
+    memory, chain = MemoryBroker(TOPOLOGY.access), Chain()
+    rates = Rates(disconnect=0.01, delay=0.1, fail_publish=0.05, duplicate=0.05, hold_back=0.05)
+    faulty = FaultyBroker(memory, SeededFaults(seed, rates, longest_s=0.01))
+    setup = await memory.connect(AGGREGATOR, purpose="setup")
+    await setup.declare(*TOPOLOGY.aggregator_declarations())
+    with pytest.raises(BaseExceptionGroup) as ended:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            group.create_task(cut_at_random(memory, Random(f"cuts {seed}")))
+            for me in "abc":
+                group.create_task(lead_for_ever(faulty, me, chain, Random(f"{me} {seed}")))
+    assert [type(error) for error in ended.value.exceptions] == [Enough]
+    committed = chain.back_from(await last_name(memory))
+    assert len({chain.ranks[name][0] for name in chain.returned}) > 1  # more than one led
+    assert set(chain.returned) <= set(committed)
+    assert len({chain.before[name] for name in chain.returned}) == len(chain.returned)
+    assert all(chain.ranks[newer] > chain.ranks[older] for newer, older in pairwise(committed))

@@ -1,0 +1,132 @@
+"""The code blocks of a page, and how each language is run: in order, in one scratch folder, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+
+import click
+from click.testing import CliRunner
+
+from broker.memory import MemoryBroker
+from broker.topology import AGGREGATOR
+from fluffle.cli import cli
+from fluffle.layers import from_toml
+
+ROOT = Path(__file__).parents[2]
+FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE_NAME = re.compile(r"# (?P<name>[\w.]+\.(py|toml))\n")
+TRAINING = ("simulate", "central", "local")
+FEWER = 20  # times fewer rounds than the page says
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text("utf-8")
+    for fence in FENCE.finditer(text):
+        yield Block(page, text.count("\n", 0, fence.start()) + 1, fence["language"], fence["text"])
+
+
+def run(block: Block) -> None:
+    """Does what the block says, or checks it. An example that names its file is written to that file."""
+    named = FILE_NAME.match(block.text)
+    if named:
+        Path(named["name"]).write_text(block.text, "utf-8")
+    LANGUAGES[block.language](block)
+
+
+def _python(block: Block) -> None:
+    code: CodeType = compile(block.text, block.place, "exec")
+    scope: dict[str, object] = {"__name__": "example"}
+    exec(code, scope)
+    for name, function in scope.items():
+        if name.startswith("test_") and inspect.iscoroutinefunction(function):
+            asyncio.run(_contract_test(function))
+
+
+async def _contract_test(function: Callable[..., object]) -> None:
+    transport = await MemoryBroker().connect(AGGREGATOR, purpose="example")
+    result = function(transport, "fl.example.queue")
+    assert inspect.isawaitable(result)
+    await result
+
+
+def _toml(block: Block) -> None:
+    tomllib.loads(block.text)
+    file = Path("checked.toml")
+    file.write_text(block.text, "utf-8")
+    assert from_toml(file), block.place
+
+
+def _bash(block: Block) -> None:
+    for line in block.text.splitlines():
+        words = shlex.split(line, comments=True)
+        environment = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
+        command, *arguments = words[len(environment) :]
+        COMMANDS[command](arguments, environment, f"{block.place}: {line}")
+
+
+def _fluffle(arguments: list[str], environment: dict[str, str], place: str) -> None:
+    context = parsed(arguments)
+    if context.info_name == "fetch":
+        return  # would need the network
+    shorter = shortened(arguments) if context.info_name in TRAINING else arguments
+    outcome = CliRunner().invoke(cli, shorter, env=environment, prog_name="fluffle")
+    assert outcome.exit_code == 0, f"{place}\n{outcome.output}"
+
+
+def shortened(arguments: list[str]) -> list[str]:
+    """The same training with few rounds and steps."""
+    rounds = int(arguments[arguments.index("--rounds") + 1]) if "--rounds" in arguments else 1
+    return [*arguments, "--rounds", str(max(1, rounds // FEWER)), "--set", "train.max_steps=3"]
+
+
+def parsed(arguments: list[str]) -> click.Context:
+    """The innermost command's context. Raises UsageError for an option that does not exist."""
+    command: click.Command = cli
+    name, rest = "fluffle", list(arguments)
+    while isinstance(command, click.Group):
+        name = rest.pop(0)
+        command = command.commands[name]
+    return command.make_context(name, rest)
+
+
+def _make(arguments: list[str], _: dict[str, str], place: str) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert set(arguments) <= set(targets), place
+
+
+def _reads_files(arguments: list[str], _: dict[str, str], place: str) -> None:
+    assert all(Path(name).is_file() for name in arguments), place
+
+
+LANGUAGES: dict[str, Callable[[Block], None]] = {
+    "python": _python,
+    "toml": _toml,
+    "bash": _bash,
+    "text": lambda _: None,
+    "mermaid": lambda _: None,
+}
+COMMANDS: dict[str, Callable[[list[str], dict[str, str], str], None]] = {
+    "fluffle": _fluffle,
+    "make": _make,
+    "sha256sum": _reads_files,
+}
