@@ -65,8 +65,8 @@ class Lead:
         record = record.with_(by=self.name)
         if record.rank <= self.record.rank:
             raise ValueError(f"record {record.rank} does not follow {self.record.rank}")
-        await self._publish(record, payload)
-        returned = self._baton
+        returned = await self._publish_and_see(record, payload)
+        await self._baton.ack()
         self._baton, self.record, self.payload = returned, record, memoryview(payload)
 
     async def refresh(self) -> None:

@@ -147,6 +147,14 @@ async def cut_at_random(memory: MemoryBroker, dice: Random) -> None:
             memory.start()
 
 
+async def struggle(memory: MemoryBroker, faulty: Broker, chain: Chain, seed: int) -> None:
+    """Three that want to lead, until there is Enough."""
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        group.create_task(cut_at_random(memory, Random(f"cuts {seed}")))
+        for me in "abc":
+            group.create_task(lead_for_ever(faulty, me, chain, Random(f"{me} {seed}")))
+
+
 async def last_name(memory: MemoryBroker) -> str:
     """What the newest record says, as the next leader finds it."""
     connection = await memory.connect(AGGREGATOR, purpose="audit")
@@ -164,10 +172,7 @@ async def test_commits_form_one_chain_whoever_leads_and_whatever_breaks(seed: in
     setup = await memory.connect(AGGREGATOR, purpose="setup")
     await setup.declare(*TOPOLOGY.aggregator_declarations())
     with pytest.raises(BaseExceptionGroup) as ended:
-        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
-            group.create_task(cut_at_random(memory, Random(f"cuts {seed}")))
-            for me in "abc":
-                group.create_task(lead_for_ever(faulty, me, chain, Random(f"{me} {seed}")))
+        await struggle(memory, faulty, chain, seed)
     assert [type(error) for error in ended.value.exceptions] == [Enough]
     committed = chain.back_from(await last_name(memory))
     assert len({chain.ranks[name][0] for name in chain.returned}) > 1  # more than one led
