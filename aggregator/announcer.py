@@ -36,7 +36,10 @@ def reply_to(status: Status, head: HeadRecord, settled: Fates, *, awaited: bool)
     if status.phase == "holding":
         if head.settled.get(who, nobody)[0] >= status.task:
             return {}
-        return silence if settled.get(who, nobody)[0] >= status.task else {who: (status.task, "missing")}
+        task, fate = settled.get(who, nobody)
+        if task >= status.task:  # refused and asked again: what it holds is of no use, whoever leads
+            return {who: (task, "refused")} if awaited and fate == "refused" else silence
+        return {who: (status.task, "missing")}
     works_on_it = status.phase == "training" and status.task == head.task
     return {} if awaited and not works_on_it else silence
 

@@ -263,11 +263,23 @@ async def test_updates_of_a_later_run_count_whatever_was_refused_before(
     async def act(hostile: Hostile) -> None:
         await hostile.say("update", hostile.frame(run_id="run-0", task=900))
         await hostile.say("update", hostile.frame(run_id="run-0"))
+        await asyncio.sleep(0.3)  # the others have answered: the round waits for this one all the same
         await hostile.say("update", hostile.with_arrays())
 
     seen = await attacked(tmp_path, act)
     assert [line.verdict for line in seen.ledger if line.participant == BAD] == ["refused", "refused", "counted"]
     assert seen.reports[0].accepted == 4
+
+
+async def test_identity_is_checked_even_if_the_broker_lets_it_pass(undisturbed: HeadRecord, tmp_path: Path) -> None:
+    """A broker whose operator forgot the permissions still says who sent a message."""
+
+    async def act(hostile: Hostile) -> None:
+        await hostile.connection.publish(TOPOLOGY.up, "p01.update", hostile.frame(participant="p01"))
+        await hostile.connection.publish("", TOPOLOGY.updates, hostile.frame())
+
+    seen = await attacked(tmp_path, act, broker_=MemoryBroker())
+    check(seen, ["'p01' came from 'p-bad' with key 'p01.update'", "with key 'fl.default.updates'"], undisturbed)
 
 
 # -- chunks ---------------------------------------------------------------------------------------------------

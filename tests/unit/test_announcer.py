@@ -179,3 +179,9 @@ async def test_everybody_hears_of_the_end_of_a_run_however_many_they_are() -> No
     await announcer.announce(None, everybody, 100.0)
     for participant in everybody:
         assert [order.finished for order, _ in await told.by(participant)] == [True]
+
+
+def test_who_holds_a_refused_update_and_is_asked_again_is_told_to_drop_it() -> None:
+    refused = {"p01": (5, "refused")}
+    assert reply_to(beat("holding", 5), HEAD, refused, awaited=True) == refused
+    assert reply_to(beat("holding", 5), HEAD, refused, awaited=False) is None

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from aggregator.settings import RoundSettings, StrategySettings
 from aggregator.strategies import make_strategy
 from aggregator.strategies.fedavg import FedAvg
 from aggregator.strategies.fedsgd import FedSGD
-from aggregator.sums import BLOCK, FixedPointSum
+from aggregator.sums import BLOCK, FixedPointSum, Scale
 from broker.errors import BadMessage, ConfigError, StateError
 from broker.tensors import Arrays, encode
 
@@ -69,6 +69,33 @@ def test_any_order_gives_the_same_bits_across_blocks() -> None:
     model = {"w": np.zeros(2 * BLOCK + 17, np.float32)}
     updates = [(changes(model, seed), seed + 1) for seed in range(4)]
     assert encode(summed(model, updates)) == encode(summed(model, updates[::-1]))
+
+
+@given(order=st.permutations(range(40)), seed=st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_any_order_gives_the_same_bits_where_floats_have_run_out_of_them(order: list[int], seed: int) -> None:
+    """Large values and weights: the sums go beyond 2**53, where a float64 drops units."""
+    rng = np.random.default_rng(seed)
+    updates = [({"w": rng.uniform(900, 1000, 20)}, MOST - i) for i in range(40)]
+    model = {"w": np.zeros(20)}
+    assert encode(summed(model, [updates[i] for i in order])) == encode(summed(model, updates))
+
+
+@given(
+    largest=st.floats(0, 1e6), weight_max=st.integers(1, 1 << 30), updates=st.integers(1, 1 << 20), data=st.data()
+)
+def test_no_sum_within_the_limits_overflows(
+    largest: float, weight_max: int, updates: int, data: st.DataObject
+) -> None:
+    """Every product is exact in float64, and all of them together fit an int64."""
+    cap = data.draw(st.integers(weight_max, weight_max * updates))
+    try:
+        scale = Scale.of("w", np.array([largest, -largest / 2]), weight_max, cap)
+    except StateError:
+        assume(False)
+    assert scale.bound >= max(1024.0, 16 * largest)
+    assert scale.bound * weight_max * 2.0**scale.bits <= 2.0**51
+    assert scale.bound * cap * 2.0**scale.bits <= 2.0**62
 
 
 @given(seed=st.integers(0, 1000), weights=st.lists(st.integers(1, MOST), min_size=1, max_size=8))
