@@ -21,7 +21,7 @@ from test_lead_and_commit import Outcome, check, ledger, offsets_of_updates
 from aggregator.lead import Lead
 from aggregator.settings import RunSettings
 from broker.errors import LeadershipLost, TransportError
-from broker.faults import FaultyBroker, Rates, SeededFaults
+from broker.faults import Fault, Faults, FaultyBroker, Operation, Rates, SeededFaults
 from broker.memory import MemoryBroker
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker
@@ -116,7 +116,7 @@ async def lead_for_ever(broker: Broker, me: str, chain: Chain, dice: Random) -> 
             reader = await broker.connect(AGGREGATOR, purpose=f"lead {me}")
             writer = await broker.connect(AGGREGATOR, purpose=f"publish {me}")
             try:
-                lead = await Lead(reader, writer, TOPOLOGY, f"{me}-{term}", 1.0).acquire()
+                lead = await Lead(reader, writer, TOPOLOGY, f"{me}-{term}", 5.0).acquire()
                 while True:
                     await commit_next(lead, chain)
                     await asyncio.sleep(dice.choice([0, 0, 0.001, 0.01]))
@@ -136,26 +136,30 @@ async def commit_next(lead: Lead, chain: Chain) -> None:
         raise Enough
 
 
-async def contend(faulty: Broker, memory: MemoryBroker, chain: Chain, seed: int) -> None:
-    """Three who want to lead, while connections break, until there are commits enough. Raises Enough."""
+class Cuts:
+    """Faults, and at some operations of anybody a cut of any connection, or of all of them at once."""
+
+    def __init__(self, memory: MemoryBroker, faults: Faults, dice: Random) -> None:
+        self._memory, self._faults, self._dice = memory, faults, dice
+
+    def __call__(self, operation: Operation) -> Fault | None:
+        luck = self._dice.random()
+        if luck < 0.01 and self._memory.connections:
+            self._dice.choice(self._memory.connections).abort()
+        elif luck > 0.998:
+            self._memory.stop()
+            self._memory.start()
+        return self._faults(operation)
+
+
+async def contend(faulty: Broker, chain: Chain, seed: int) -> None:
+    """Three who want to lead, until there are commits enough. Raises Enough."""
     try:
         async with asyncio.TaskGroup() as group:
-            group.create_task(cut_at_random(memory, Random(f"cuts {seed}")))
             for me in "abc":
                 group.create_task(lead_for_ever(faulty, me, chain, Random(f"{me} {seed}")))
     except* Enough as enough:
         raise Enough from enough
-
-
-async def cut_at_random(memory: MemoryBroker, dice: Random) -> None:
-    """Mostly one of a leader's two connections, so that it lives on with the other; sometimes all at once."""
-    while True:
-        await asyncio.sleep(dice.uniform(0, 0.08))
-        if memory.connections and dice.random() < 0.9:
-            dice.choice(memory.connections).abort()
-        else:
-            memory.stop()
-            memory.start()
 
 
 async def last_name(memory: MemoryBroker) -> str:
@@ -171,12 +175,12 @@ async def last_name(memory: MemoryBroker) -> str:
 async def test_commits_form_one_chain_whoever_leads_and_whatever_breaks(seed: int) -> None:
     memory, chain = MemoryBroker(TOPOLOGY.access), Chain()
     rates = Rates(disconnect=0.01, delay=0.1, fail_publish=0.05, duplicate=0.05, hold_back=0.05)
-    faulty = FaultyBroker(memory, SeededFaults(seed, rates, longest_s=0.01))
+    cuts = Cuts(memory, SeededFaults(seed, rates, longest_s=0.01), Random(f"cuts {seed}"))
     setup = await memory.connect(AGGREGATOR, purpose="setup")
     await setup.declare(*TOPOLOGY.aggregator_declarations())
     with suppress(Enough):
         async with asyncio.timeout(30):
-            await contend(faulty, memory, chain, seed)
+            await contend(FaultyBroker(memory, cuts), chain, seed)
     memory.stop()  # whoever was cancelled while it closed its connection
     memory.start()
     committed = chain.back_from(await last_name(memory))
