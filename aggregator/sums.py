@@ -30,7 +30,12 @@ class Scale:
 
     @classmethod
     def of(cls, name: str, values: NDArray[Any], weight_max: int, weight_cap: int) -> Scale:
-        """Room for the values of one tensor. Raises StateError if the model has grown beyond all bounds."""
+        """Room for the values of one tensor. Raises StateError if it has no mean, or grew beyond all bounds."""
+        if values.dtype.kind not in "fi":
+            raise StateError(
+                f"tensor {name!r} has dtype {values.dtype}, which cannot be averaged: leave it out of the model's "
+                "arrays (in torch: register_buffer(..., persistent=False))"
+            )
         largest = float(np.abs(values).max()) if values.size else 0.0
         if not math.isfinite(largest):
             raise StateError(f"tensor {name!r} of the global model is not finite: the run has diverged")

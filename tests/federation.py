@@ -19,7 +19,7 @@ from broker.memory import MemoryBroker
 from broker.tensors import Arrays
 from broker.topology import Topology
 from broker.transport import Broker
-from workers.journal import MemoryJournal
+from workers.journal import Journal, MemoryJournal
 from workers.link import WorkerSettings
 from workers.task import Evaluation, TrainConfig, TrainResult
 from workers.trainer import Sizes
@@ -79,7 +79,7 @@ class Federation:
     sizes: Sizes = field(default_factory=Sizes)
     topology: Topology = field(default_factory=lambda: Topology("default"))
     tasks: dict[str, Pull] = field(default_factory=dict)
-    journals: dict[str, MemoryJournal] = field(default_factory=dict)
+    journals: dict[str, Journal] = field(default_factory=dict)
     reports: list[RoundReport] = field(default_factory=list)
     _closed: asyncio.Event = field(default_factory=asyncio.Event)
 

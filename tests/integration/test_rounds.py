@@ -28,10 +28,12 @@ from broker.tensors import Arrays
 from broker.topology import AGGREGATOR, Topology
 from broker.wire import decode
 from tests.federation import Crowd, Federation, Pull, names, settings
+from workers.journal import FileJournal
 from workers.task import TrainConfig, TrainResult, WorkAbandoned
 from workers.trainer import Sizes
 
 TOPOLOGY = Topology("default")
+STREAMS = {"inline_bytes": 0, "chunk_bytes": 1024}
 SLACK_S = 1.0  # a loaded machine is late, but not by more
 
 
@@ -92,6 +94,17 @@ async def at_work(federation: Federation, name: str) -> None:
 async def model_of(federation: Federation, head: HeadRecord) -> Arrays:
     path = federation.directory / "checkpoints" / f"{digest(head)}.safetensors"
     return tensors.decode(await asyncio.to_thread(path.read_bytes))
+
+
+async def of_group(awaitable: Awaitable[HeadRecord]) -> HeadRecord:
+    """The one error of task groups as itself."""
+    try:
+        return await awaitable
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            [error] = error.exceptions
+        raise error from None
 
 
 def digest(head: HeadRecord) -> str:
@@ -409,6 +422,21 @@ async def test_a_worker_stops_while_the_broker_cannot_be_reached(federation: Fed
         crowd.workers["p01"].stop()
 
 
+async def test_a_worker_whose_disk_is_full_stops_and_says_so(federation: Federation) -> None:
+    directory = federation.directory / "journal"
+    await asyncio.to_thread(directory.mkdir)
+    await asyncio.to_thread((directory / "update.new").symlink_to, "/dev/full")
+    federation.journals["p03"] = FileJournal(directory)
+
+    async def run() -> HeadRecord:
+        async with running(federation, settings(3, rounds=2)) as job:
+            job.crowd.start(*names(3))
+            return await job.aggregator
+
+    with pytest.raises(StateError, match=r"the journal cannot be written .*No space left"):
+        await of_group(run())
+
+
 # -- evaluation and the end -----------------------------------------------------------------------------------
 
 
@@ -469,15 +497,6 @@ async def test_an_evaluation_that_raises_ends_the_run_and_says_so(federation: Fe
         await of_group(federation.run(run, evaluate=lambda _: {"loss": next(iter([]))}))
 
 
-async def of_group(awaitable: Awaitable[HeadRecord]) -> HeadRecord:
-    """The one error of a task group as itself."""
-    try:
-        return await awaitable
-    except BaseExceptionGroup as group:
-        [error] = group.exceptions
-        raise error from None
-
-
 @pytest.mark.parametrize(
     ("stop", "why", "rounds"),
     [
@@ -526,6 +545,25 @@ async def test_a_run_goes_on_after_its_aggregator_was_killed(federation: Federat
     assert digest(await federation.run(settings(3, rounds=4))) == undisturbed
 
 
+@pytest.mark.parametrize("sections", [{}, {"broker": STREAMS}], ids=["inline", "streams"])
+async def test_a_standby_on_another_machine_takes_over(
+    federation: Federation, undisturbed: str, sections: dict[str, dict[str, int]]
+) -> None:
+    """Its run directory is empty: all it needs is on the broker."""
+    run = settings(3, rounds=4, **sections)
+    async with running(federation, run) as job:
+        job.crowd.start(*names(3), lag_s=0.05)
+        await federation.closed(1)
+        federation.directory = federation.directory / "elsewhere"
+        standby = asyncio.create_task(federation.aggregator(run).run())
+        await federation.closed(2)
+        job.aggregator.cancel()
+        head = await standby
+    assert digest(head) == undisturbed
+    assert [report.round for report in federation.reports] == [1, 2, 3, 4]
+    assert {report.epoch for report in federation.reports} == {1, 2}
+
+
 async def test_a_run_goes_on_from_its_checkpoints_when_the_broker_lost_everything(
     federation: Federation, undisturbed: str
 ) -> None:
@@ -571,8 +609,6 @@ async def test_an_unfinished_run_is_not_replaced_unless_it_is_named(
 
 
 # -- large models, and a broker that fails --------------------------------------------------------------------
-
-STREAMS = {"inline_bytes": 0, "chunk_bytes": 1024}
 
 
 @pytest.mark.parametrize("updates", ["inline", "chunks"])

@@ -216,6 +216,14 @@ def test_a_model_that_diverged_ends_the_run_in_words(value: float) -> None:
         FixedPointSum(MOST, CAP).start({"w": np.array([0.0, value])})
 
 
+@pytest.mark.parametrize("dtype", ["bool", "uint8"])
+def test_a_model_with_values_that_have_no_mean_is_refused_in_words(dtype: str) -> None:
+    with pytest.raises(
+        StateError, match=f"tensor 'mask' has dtype {dtype}, which cannot be averaged: leave it out"
+    ):
+        FixedPointSum(MOST, CAP).start({"mask": np.ones(3, dtype)})
+
+
 # -- the strategies in closed form --------------------------------------------------------------------------------
 
 
