@@ -91,6 +91,8 @@ class Announcer:
             asked=tuple(asked),
             version=head.version,
             model=head.model,
+            learning_task=self._settings.learning_task,
+            data=self._settings.data,
             settings=self._settings.train,
             wants=self._wants,
             seed=self._settings.seed,

@@ -111,6 +111,8 @@ class RunSettings(Part):
     run_id: RunId
     federation: Federation = "default"
     seed: NonNegative = 42
+    learning_task: Word = ""
+    data: Settings = Field(default_factory=dict)
     train: Settings = Field(default_factory=dict)
     round: RoundSettings = RoundSettings()
     stop: StopSettings = StopSettings()

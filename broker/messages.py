@@ -74,8 +74,6 @@ class Join(Status):
     """A worker is there, for the first time or again."""
 
     kind: ClassVar[str] = "join"
-    learning_task: Word = ""
-    num_examples: Count = 0
     software: Word = ""
 
 
@@ -115,7 +113,9 @@ class TrainFailed(FromParticipant):
 class TrainRound(Message):
     """The whole of what a participant should know now; an inbox holds only the newest.
 
-    `asked` names who shall do `work`; `fates` tells participants what became of their last update.
+    `asked` names who shall do `work`; `fates` tells participants what became of their last update. A worker that
+    was not given a learning task of its own does `learning_task` on its share of the task's data: `data` says how
+    that is shared out.
     """
 
     kind: ClassVar[str] = "round"
@@ -129,6 +129,8 @@ class TrainRound(Message):
     asked: Annotated[tuple[Participant, ...], Field(max_length=MAX_ITEMS)]
     version: Count
     model: Where | None
+    learning_task: Word = ""
+    data: Settings = {}
     settings: Settings = {}
     wants: Literal["delta", "gradient"] = "delta"
     seed: Count = 0  # the run's

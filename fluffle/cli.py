@@ -3,168 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from broker.errors import ConfigError, FluffleError, StateError, first_known
-from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS, Flag
+from broker.errors import ConfigError
+from fluffle.command import Asked, Cli, check_target, configurable, emit, json_option
+from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS
+from fluffle.run_commands import aggregator, initial, worker
 
 if TYPE_CHECKING:
-    from fluffle.config import Config
     from fluffle.learning import Prediction
-    from fluffle.logs import Format, Level
     from workers.task import Arrays
     from workers.torch_task import TaskDefinition
 
 RUNS = Path("runs")
 
 
-class Failure(click.ClickException):
-    """One line on stderr instead of a traceback."""
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"fluffle: error: {self.message}", file=file or sys.stderr)
-
-
-class Misuse(Failure):
-    """Something on the command line, in the environment or in a file cannot work."""
-
-    exit_code = 2
-
-
-class Interrupted(Failure):
-    """Somebody pressed Ctrl-C."""
-
-    exit_code = 130  # 128 + SIGINT, as shells have it
-
-
-class Cli(click.Group):
-    """Turns errors that Fluffle raises on purpose into one line and an exit code, unless --debug is given."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise Interrupted("interrupted") from None
-        except (FluffleError, ExceptionGroup) as error:
-            known = first_known(error)
-            if known is None or ctx.params["debug"]:
-                raise
-            raise (Misuse if isinstance(known, ConfigError) else Failure)(str(known)) from None
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What the command line says about a run's configuration."""
-
-    task: str | None
-    config_file: Path | None
-    sets: tuple[str, ...]
-    flags: Mapping[str, str | None]
-    log_level: Level
-    log_format: Format | None
-
-    def config(self, *, resume: bool = False) -> Config:
-        """The configuration of all layers. Raises ConfigError; StateError if there is nothing to resume."""
-        from fluffle.config import load_config
-        from fluffle.layers import from_environment, from_flags, from_toml
-        from fluffle.learning import task_defaults
-
-        files = [self._resumed_file()] if resume else []
-        files += [self.config_file] if self.config_file else []
-        layers = [from_toml(file) for file in files]
-        if resume and self.task and (begun := layers[0]["task"].value) != self.task:
-            raise ConfigError(f"{files[0]}: the run to resume learns {begun}, not {self.task}: leave TASK out")
-        flags = from_flags({"task": self.task, **self.flags}, self.sets)
-        return load_config(*layers, from_environment(os.environ), flags, defaults=task_defaults)
-
-    def _resumed_file(self) -> Path:
-        directory = self.flags.get("run.dir")
-        if directory is None:
-            raise ConfigError("--resume needs the run's directory: add --run-dir DIR")
-        file = Path(directory) / "run.toml"
-        if not file.is_file():
-            raise StateError(f"{directory}: no run to resume: check --run-dir, or leave --resume out")
-        return file
-
-    def configure_logs(self, *, quiet: bool = False) -> None:
-        from fluffle.logs import configure_logs
-
-        level = "warning" if quiet and self.log_level == "info" else self.log_level
-        configure_logs(level, self.log_format or "text")
-
-
-def configurable(*flags: Flag) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command TASK, the short flags and the options that every configuration has, as one `Asked`."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def run(
-            task: str | None,
-            config_file: Path | None,
-            sets: tuple[str, ...],
-            log_level: Level,
-            log_format: Format | None,
-            **rest: Any,
-        ) -> None:
-            chosen = {flag.setting: rest.pop(_parameter(flag)) for flag in flags}
-            command(Asked(task, config_file, sets, chosen, log_level, log_format), **rest)
-
-        options = [_option(flag) for flag in flags] + CONFIG_OPTIONS
-        return functools.reduce(lambda decorated, option: option(decorated), reversed(options), run)
-
-    return decorate
-
-
-def _parameter(flag: Flag) -> str:
-    return flag.setting.replace(".", "_")
-
-
-def _option(flag: Flag) -> Any:
-    return click.option(flag.option, _parameter(flag), metavar=flag.metavar, help=flag.help)
-
-
-CONFIG_OPTIONS: list[Any] = [
-    click.argument("task", required=False),
-    click.option(
-        "--set",
-        "sets",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Any setting, as train.lr=0.1; repeatable. See `fluffle settings`.",
-    ),
-    click.option(
-        "--config",
-        "config_file",
-        type=click.Path(dir_okay=False, path_type=Path),
-        metavar="FILE",
-        help="Settings from a TOML file; environment and flags win over it.",
-    ),
-    click.option(
-        "--log-level",
-        type=click.Choice(["debug", "info", "warning", "error"]),
-        default="info",
-        show_default=True,
-        help="Least important events to log.",
-    ),
-    click.option(
-        "--log-format",
-        type=click.Choice(["text", "json"]),
-        help="Log lines to stderr in this format, also on a terminal (instead of the live table).",
-    ),
-]
-json_option = click.option(
-    "--json", "json_target", metavar="FILE|-", help="Write the result as one JSON object; `-` is stdout."
-)
 run_argument = click.argument("run", metavar="RUN", required=False)
 model_argument = click.argument("model", metavar="RUN_OR_FILE")
 task_argument = click.argument("task", required=False)
@@ -181,6 +40,10 @@ def cli(debug: bool) -> None:  # noqa: ARG001, FBT001 - read by Cli.invoke
     from fluffle.logs import configure_logs
 
     configure_logs("warning")
+
+
+for command in (aggregator, worker, initial):
+    cli.add_command(command)
 
 
 @cli.command()
@@ -239,12 +102,12 @@ def baseline(asked: Asked, json_target: str | None, *, alone: bool) -> None:
     from fluffle.learning import shares_of
     from fluffle.results import central_result, local_result
     from fluffle.text import baseline_summary
-    from workers.modules import use_one_thread
+    from workers.modules import use_threads
     from workers.tasks import find_task
 
     check_target(json_target)
     asked.configure_logs()
-    use_one_thread()
+    use_threads()
     config = asked.config()
     definition = find_task(config.task)
     shares = shares_of(config, definition)
@@ -345,12 +208,14 @@ def evaluate(model: str, task: str | None, json_target: str | None) -> None:
 def predict(model: str, task: str | None, input_file: Path | None, sample: int | None) -> None:
     """Predict with a model; CSV on stdout, one line per row."""
     from fluffle import learning
+    from workers.assignment import load_data
+    from workers.tables import read_inputs
 
     if (input_file is None) == (sample is None):
         raise click.UsageError("give either --input FILE or --sample N")
     arrays, definition = open_model(model, task)
     if input_file is not None:
-        inputs, truth = learning.read_inputs(input_file, learning.load_data(definition)), None
+        inputs, truth = read_inputs(input_file, load_data(definition)), None
     else:
         inputs = learning.held_out(definition, most=sample)
         truth = inputs.y.tolist()
@@ -408,8 +273,7 @@ def fetch(name: str) -> None:  # noqa: ARG001 - the only one there is
 
 def open_model(model: str, task: str | None) -> tuple[Arrays, TaskDefinition]:
     """A model, and the task that it belongs to: the run's, or the one that was named."""
-    from fluffle.learning import load_model
-    from fluffle.rundir import find_model
+    from fluffle.rundir import find_model, load_model
     from workers.tasks import find_task
 
     path, run = find_model(model)
@@ -417,27 +281,6 @@ def open_model(model: str, task: str | None) -> tuple[Arrays, TaskDefinition]:
     if name is None:
         raise ConfigError(f"{model}: a file does not tell its task: add TASK (`fluffle tasks` lists them)")
     return load_model(path), find_task(name)
-
-
-def check_target(json_target: str | None) -> None:
-    """Fails before the work and not after it. Raises ConfigError."""
-    if json_target not in (None, "-") and not Path(json_target).absolute().parent.is_dir():
-        raise ConfigError(f"--json {json_target}: there is no such directory")
-
-
-def emit(result: Mapping[str, Any], text: str, json_target: str | None) -> None:
-    """Words to stdout, JSON to its target; with JSON on stdout the words go to stderr."""
-    click.echo(text, nl=False, err=json_target == "-")
-    if json_target is None:
-        return
-    line = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    if json_target == "-":
-        click.echo(line, nl=False)
-        return
-    try:
-        Path(json_target).write_text(line, "utf-8")
-    except OSError as error:
-        raise ConfigError(f"--json {json_target}: cannot be written: {error.strerror or error}") from None
 
 
 def main() -> None:

@@ -47,7 +47,13 @@ class RunSection(Part):
         RunId | Literal[""], Field(description="name of the run: a-z, 0-9 and '-'; empty: task, time and a token")
     ] = ""
     dir: Annotated[str, Field(description="where the run is kept; empty: runs/ and its id")] = ""
-    federation: Annotated[Federation, Field(description="name space on the broker")] = "default"
+    initial: Annotated[
+        str,
+        Field(
+            description="a .safetensors file with the initial model, for an aggregator without the task's code; "
+            "empty: the task's own"
+        ),
+    ] = ""
     seed: Annotated[int, Field(ge=0, description="decides data split, initial model and training")] = 42
 
 
@@ -73,7 +79,18 @@ class DataSection(Part):
 class BrokerSection(BrokerSettings):
     """Which broker, and the waits and sizes on the way through it."""
 
-    url: Annotated[str, Field(description="`memory` (embedded) or amqp://user:password@host:port/vhost")] = "memory"
+    url: Annotated[
+        str,
+        Field(
+            description="`memory` (embedded) or amqp[s]://user:password@host:port/vhost; without a user it is the "
+            "participant, or `aggregator`"
+        ),
+    ] = "memory"
+    federation: Annotated[Federation, Field(description="name space on the broker")] = "default"
+    secrets: Annotated[
+        str,
+        Field(description="a TOML file of passwords by user, for a URL without one (`fluffle broker definitions`)"),
+    ] = ""
 
     @field_validator("url")
     @classmethod
@@ -81,6 +98,26 @@ class BrokerSection(BrokerSettings):
         if value != "memory" and not re.fullmatch(r"amqps?://[^\s/]+.*", value):
             raise ValueError("use memory, or a URL as amqp://user:password@host:5672/vhost")
         return value
+
+
+class SiteSection(Part):
+    """Where a worker works. The aggregator and simulations do not look at it."""
+
+    participant: Annotated[str, Field(description="the participant that the worker serves")] = ""
+    data: Annotated[
+        str,
+        Field(
+            description="`share` of the task's data as data.partition says, `all` of it, a .csv or .npz file, or "
+            "what the task's own `load` takes; empty: the share for a shipped task, all for another"
+        ),
+    ] = ""
+    journal: Annotated[
+        str, Field(description="directory of this worker alone; empty: journals/FEDERATION/PARTICIPANT")
+    ] = ""
+    threads: Annotated[
+        int,
+        Field(ge=0, description="torch's threads; with 1, equal seeds give equal bits everywhere; 0: all cores"),
+    ] = 1
 
 
 class TrainSection(Part):
@@ -104,7 +141,10 @@ class TrainSection(Part):
 class Config(Part):
     """One run: what to learn, on which data, with whom, how, and until when."""
 
-    task: Annotated[Word, Field(min_length=1, description="a shipped task or package.module:Object")]
+    task: Annotated[
+        Word,
+        Field(description="a shipped task or package.module:Object; a worker needs none for the shipped ones"),
+    ] = ""
     run: RunSection = RunSection()
     data: DataSection = DataSection()
     broker: BrokerSection = BrokerSection()
@@ -113,6 +153,7 @@ class Config(Part):
     evaluation: EvaluationSettings = EvaluationSettings()
     strategy: StrategySettings = StrategySettings()
     train: TrainSection = TrainSection()
+    site: SiteSection = SiteSection()
 
     @field_validator("stop")
     @classmethod
@@ -131,14 +172,16 @@ class Config(Part):
         """What the aggregator needs to know of this."""
         return RunSettings(
             run_id=self.run.id,
-            federation=self.run.federation,
+            federation=self.broker.federation,
             seed=self.run.seed,
+            learning_task=self.task,
+            data={"partition": self.data.partition, "participants": self.round.participants},
             train=self.train.chosen(),
             round=self.round,
             stop=self.stop,
             evaluation=self.evaluation,
             strategy=self.strategy,
-            broker=BrokerSettings(**self.broker.model_dump(exclude={"url"})),
+            broker=BrokerSettings(**self.broker.model_dump(include=set(BrokerSettings.model_fields))),
         )
 
 
@@ -191,8 +234,21 @@ def load_config(*layers: Layer, defaults: Defaults = lambda _: {}) -> Config:
         raise ConfigError("no task is named: give TASK, or `task` in the configuration (see `fluffle tasks`)")
     own = from_values(defaults(task), f"the task {task}")
     given = _merged(BASE, own, *layers)
-    _check_names(given, known=[*_by_name(), *(name for name in own if name.startswith("train."))])
+    _check_names(given, known=[*_by_name(), *_train_keys(own)])
     return _placed(_validated(given))
+
+
+def load_site(*layers: Layer) -> Config:
+    """As `load_config`, for who runs nothing itself: no task need be named, and its settings need not be known."""
+    given = _merged(BASE, *layers)
+    _check_names(given, known=[*_by_name(), *_train_keys(given)])
+    return _validated(given)
+
+
+def taken_on_trust(*layers: Layer) -> Defaults:
+    """Stands for a task's own settings where its code is not at hand: every `train.*` key is known."""
+    given = _merged(*layers)
+    return lambda _: {name: given[name].value for name in _train_keys(given)}
 
 
 def from_values(values: Mapping[str, Scalar], origin: str = "this call") -> Layer:
@@ -215,6 +271,10 @@ def near(word: str, known: Sequence[str]) -> str:
 def without_password(url: str) -> str:
     """The URL as it may be shown and kept."""
     return re.sub(r"(//[^:@/]*):[^@/]*@", r"\1@", url)
+
+
+def _train_keys(layer: Layer) -> list[str]:
+    return [name for name in layer if name.startswith("train.")]
 
 
 def _merged(*layers: Layer) -> Layer:
@@ -302,5 +362,9 @@ def _placed(config: Config) -> Config:
 def new_run_id(task: str, now: datetime, token: str) -> str:
     """A name that sorts by task and time and is valid on the broker."""
     suffix = f"-{now:%Y%m%d-%H%M%S}-{token}"
-    word = re.sub(r"[^a-z0-9]+", "-", task.lower()).strip("-") or "run"
-    return word[: 60 - len(suffix)].rstrip("-") + suffix
+    return slug(task)[: 60 - len(suffix)].rstrip("-") + suffix
+
+
+def slug(text: str) -> str:
+    """The text as part of a name on the broker."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "run"

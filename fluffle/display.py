@@ -49,6 +49,11 @@ class Display(Protocol):
     ) -> None: ...
 
 
+def notice(display: Display, event: str, fields: Mapping[str, object]) -> None:
+    """What the aggregator calls `on_notice`, as a display has it."""
+    display.on_notice(event, **fields)
+
+
 def make_display(title: str, rounds: int, *, lines: bool = False) -> Display:
     """The live table if stderr is a terminal, unless `lines` of the log are asked for."""
     console = Console(stderr=True)

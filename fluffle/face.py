@@ -15,9 +15,9 @@ from fluffle.config import Config, from_values, load_config
 from fluffle.display import LogDisplay
 from fluffle.finish import finish
 from fluffle.layers import from_toml
-from fluffle.learning import load_model, task_defaults
+from fluffle.learning import task_defaults
 from fluffle.logs import configure_logs
-from fluffle.rundir import RunDir
+from fluffle.rundir import RunDir, load_model
 from fluffle.simulation import plan_simulation, run_simulation
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def finish(run: RunDir, config: Config, record: HeadRecord, wall_s: float) -> Re
         reports = history.rounds(record.run_id)
     try:
         _copy_models(run, record)
-        run.result_file.write_text(to_json(result), "utf-8")
+        _replace(run.result_file, to_json(result).encode())
     except OSError as error:
         raise StateError(f"{run.path}: the result cannot be written: {error.strerror or error}") from None
     from fluffle.curve import draw_curve, save_curve  # matplotlib takes its time
@@ -43,4 +44,17 @@ def _copy_models(run: RunDir, record: HeadRecord) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     if source.exists():
-        shutil.copyfile(source, target)
+        beside = _beside(target)
+        shutil.copyfile(source, beside)
+        beside.replace(target)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    beside = _beside(path)
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+def _beside(path: Path) -> Path:
+    """A former standby may be finishing in the same directory."""
+    return path.with_name(f"{path.name}.{os.getpid()}.new")

@@ -21,6 +21,7 @@ FEDERATION_FLAGS = (
     Flag("--quorum", "round.quorum", "Q", "Fewest updates that close a round at its deadline."),
     Flag("--target", "round.target", "T", "A round closes at this many updates."),
     Flag("--deadline-s", "round.deadline_s", "S", "Seconds until a round closes with the quorum."),
+    Flag("--secrets", "broker.secrets", "FILE", "Passwords by user, for a broker's URL without one."),
     Flag("--run-dir", "run.dir", "DIR", "Where everything of this run is kept.  [default: runs/RUN_ID]"),
 )
 COMMON_FLAGS = (
@@ -29,4 +30,17 @@ COMMON_FLAGS = (
     Flag("--partition", "data.partition", "HOW", "iid, dirichlet:ALPHA, shards:K or natural."),
     Flag("--seed", "run.seed", "N", "Makes data split, initial model and training repeatable."),
 )
-FLAGS = (*FEDERATION_FLAGS, *COMMON_FLAGS)
+BROKER_FLAGS = tuple(flag for flag in FEDERATION_FLAGS if flag.setting in ("broker.url", "broker.secrets"))
+AGGREGATOR_FLAGS = (
+    *BROKER_FLAGS,
+    Flag("--run-dir", "run.dir", "DIR", "Where everything of this run is kept.  [default: runs/RUN_ID]"),
+)
+SITE_FLAGS = (
+    Flag("--participant", "site.participant", "NAME", "The participant that the worker serves."),
+    *BROKER_FLAGS,
+    Flag("--federation", "broker.federation", "NAME", "Name space on the broker."),
+    Flag("--task", "task", "TASK", "The learning task here.  [default: the shipped one that the run names]"),
+    Flag("--data", "site.data", "WHAT", "`share` of the task's data, `all` of it, or where it is."),
+    Flag("--journal", "site.journal", "DIR", "Directory of this worker alone.  [default: journals/...]"),
+)
+FLAGS = (*FEDERATION_FLAGS, *COMMON_FLAGS, *SITE_FLAGS)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from broker import tensors
-from broker.errors import BadMessage, DataError, FluffleError, StateError
+from broker.errors import BadMessage, StateError
 from fluffle.config import Config
+from workers.assignment import load_data
 from workers.data import Dataset, split
 from workers.partition import Plan, Shares, share_out
 from workers.preprocess import prepare
@@ -49,18 +48,6 @@ def task_defaults(name: str) -> dict[str, Scalar]:
     return own
 
 
-def load_data(definition: TaskDefinition) -> Dataset:
-    """The task's whole data set. Raises DataError for whatever goes wrong, as `load` is the user's code."""
-    try:
-        return definition.load()
-    except FluffleError:
-        raise
-    except Exception as error:
-        raise DataError(
-            f"task {definition.name!r}: loading its data failed with {type(error).__name__}: {error}"
-        ) from error
-
-
 def shares_of(config: Config, definition: TaskDefinition) -> Shares:
     """The task's data, shared out as the configuration says."""
     plan = Plan(
@@ -77,14 +64,6 @@ def held_out(definition: TaskDefinition, most: int | None = None) -> Dataset:
     """The examples that nobody trains on, the first `most`; how the others were shared out does not matter."""
     examples = split(load_data(definition), definition.held_out, definition.seed)[1]
     return examples.take(np.arange(len(examples))[:most])
-
-
-def load_model(path: Path) -> Arrays:
-    """The arrays in a safetensors file. Raises StateError."""
-    try:
-        return tensors.decode(path.read_bytes())
-    except (OSError, BadMessage) as error:
-        raise StateError(f"{path}: not a readable safetensors file: {error}") from None
 
 
 def evaluate(definition: TaskDefinition, arrays: Arrays) -> Evaluation:
@@ -111,22 +90,6 @@ def predict(definition: TaskDefinition, arrays: Arrays, inputs: Dataset) -> list
     return list(_predictions(definition, prepared.y, parts))
 
 
-def read_inputs(path: Path, like: Dataset) -> Dataset:
-    """Inputs from `.npz` (an array named `x`) or `.csv`, shaped like the task's data. Raises DataError.
-
-    A CSV file has the data's column names in its first line, in any order, or without names as many values a
-    row as an example has; an empty cell is a missing value.
-    """
-    try:
-        x = _read_npz(path) if path.suffix == ".npz" else _read_csv(path, like.columns)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read as inputs: {error}") from None
-    shape = like.x.shape[1:]
-    if x.size != len(x) * int(np.prod(shape)):
-        raise DataError(f"{path}: rows of shape {x.shape[1:]}, but data set {like.name!r} has {shape}")
-    return replace(like, x=x.reshape(len(x), *shape), y=np.zeros(len(x), dtype=np.int64), group=None)
-
-
 def _predictions(definition: TaskDefinition, rows: NDArray[Any], parts: Sequence[Tensor]) -> Iterator[Prediction]:
     outputs = torch.cat(list(parts)).double() if parts else torch.empty(0, 1)
     if definition.metric == "accuracy":
@@ -136,27 +99,3 @@ def _predictions(definition: TaskDefinition, rows: NDArray[Any], parts: Sequence
     else:
         for row, value in zip(rows, outputs.reshape(len(rows)), strict=True):
             yield Prediction(int(row), float(value), None)
-
-
-def _read_npz(path: Path) -> NDArray[Any]:
-    with np.load(path, allow_pickle=False) as file:
-        if "x" not in file:
-            raise DataError(f"{path}: has no array named x, only {', '.join(file.files) or 'nothing'}")
-        x: NDArray[Any] = file["x"]
-    return x
-
-
-def _read_csv(path: Path, columns: tuple[str, ...]) -> NDArray[np.float64]:
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = [line for line in csv.reader(file) if line]
-    if not columns:
-        return np.array([[_number(cell) for cell in line] for line in lines])
-    names = lines[0] if lines else []
-    if missing := [name for name in columns if name not in names]:
-        raise DataError(f"{path}: column {missing[0]!r} is missing: the first line must name {', '.join(columns)}")
-    places = [names.index(name) for name in columns]
-    return np.array([[_number(line[place]) for place in places] for line in lines[1:]])
-
-
-def _number(cell: str) -> float:
-    return float(cell) if cell.strip() else float("nan")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from broker import tensors
+from broker.durable import replace_file
 from broker.errors import BadMessage, StateError
-from fluffle.config import RUNS, Config, load_config
+from broker.tensors import Arrays
+from fluffle.config import RUNS, Config, load_config, taken_on_trust
 from fluffle.layers import from_toml, to_toml
 
 
@@ -68,8 +71,7 @@ class RunDir:
         if not self.config_file.is_file():
             raise StateError(f"{self.path}: not a run directory, there is no run.toml in it")
         layer = from_toml(self.config_file)
-        own = {name: given.value for name, given in layer.items() if name.startswith("train.")}
-        return load_config(layer, defaults=lambda _: own)
+        return load_config(layer, defaults=taken_on_trust(layer))
 
     def result(self) -> dict[str, Any]:
         """What the finished run came to. Raises StateError if the file is damaged."""
@@ -91,6 +93,20 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.config_file.write_text(to_toml(config), "utf-8")
+        except OSError as error:
+            raise StateError(
+                f"{self.path}: cannot be used as the run directory ({error.strerror or error}): "
+                "choose another --run-dir"
+            ) from None
+
+    def keep(self, config: Config) -> None:
+        """Keeps the configuration in the directory, which may hold the same run already. Raises StateError."""
+        if self.config_file.is_file() and (run_id := self.config().run.id) != config.run.id:
+            raise StateError(f"{self.path}: holds run {run_id!r}, not {config.run.id!r}: choose another --run-dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            beside = self.path / f"run.toml.{os.getpid()}.new"  # a standby may use the same directory
+            replace_file(self.config_file, to_toml(config).encode(), beside)
         except OSError as error:
             raise StateError(
                 f"{self.path}: cannot be used as the run directory ({error.strerror or error}): "
@@ -123,6 +139,14 @@ def find_model(name: str, root: Path = Path(RUNS)) -> tuple[Path, RunDir | None]
     if not run.model_file.is_file():
         raise StateError(f"{run.path}: the run has no model.safetensors yet: let it finish, or name a checkpoint")
     return run.model_file, run
+
+
+def load_model(path: Path) -> Arrays:
+    """The arrays in a safetensors file. Raises StateError."""
+    try:
+        return tensors.decode(path.read_bytes())
+    except (OSError, BadMessage) as error:
+        raise StateError(f"{path}: not a readable safetensors file: {error}") from None
 
 
 def newest_run(root: Path = Path(RUNS)) -> RunDir:

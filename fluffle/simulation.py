@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import structlog
 
 from aggregator.daemon import Aggregator
-from aggregator.job import Job, Surroundings
+from aggregator.job import Surroundings
 from aggregator.strategies import make_strategy
 from broker.errors import ConfigError, first_known
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
-from broker.tensors import Arrays
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker
 from fluffle.config import Config
-from fluffle.display import Display
+from fluffle.display import Display, notice
+from fluffle.jobs import check_metrics, task_job
 from fluffle.learning import shares_of
 from workers.journal import MemoryJournal
 from workers.link import WorkerSettings
-from workers.modules import use_one_thread
+from workers.modules import use_threads
 from workers.partition import Shard, Shares
 from workers.tasks import find_task
 from workers.torch_task import TaskDefinition
 from workers.trainer import Sizes
-from workers.worker import Site, Worker
-
-MEASURED = {"accuracy": {"loss", "accuracy"}, "rmse": {"loss", "rmse", "mae"}}
+from workers.worker import Site, Worker, always
 
 log = structlog.get_logger(__name__)
 
@@ -64,24 +61,8 @@ def plan_simulation(config: Config) -> Plan:
     make_strategy(config.strategy, config.round)
     definition = find_task(config.task)
     definition.recipe(config.train.chosen())
-    _check_metrics(config, definition)
+    check_metrics(config, definition)
     return Plan(config, definition, shares_of(config, definition))
-
-
-def _check_metrics(config: Config, definition: TaskDefinition) -> None:
-    """Refuses to wait for a metric that nobody measures."""
-    measured = {"train_loss"} | (MEASURED[definition.metric] if config.evaluation.mode != "none" else set())
-    target = config.stop.target_metric.partition(":")[0]
-    judged = config.evaluation.metric or (definition.metric if config.stop.patience else "")
-    for setting, name in (
-        ("stop.target_metric", target),
-        ("evaluation.metric, which stop.patience needs,", judged),
-    ):
-        if name and name not in measured:
-            raise ConfigError(
-                f"{setting} is {name!r}, which task {definition.name!r} does not measure with evaluation.mode = "
-                f"{config.evaluation.mode}: it measures {', '.join(sorted(measured))}"
-            )
 
 
 async def run_simulation(plan: Plan, display: Display) -> Outcome:
@@ -89,9 +70,9 @@ async def run_simulation(plan: Plan, display: Display) -> Outcome:
 
     All participants share one training thread with one torch thread, so that equal seeds give equal bits.
     """
-    use_one_thread()
+    use_threads()
     display.on_notice("data_shared_out", **_holdings(plan.shares))
-    topology = Topology(plan.config.run.federation)
+    topology = Topology(plan.config.broker.federation)
     broker = MemoryBroker(topology.access)
     await _set_up(broker, topology)
     began = time.monotonic()
@@ -128,25 +109,15 @@ def _worker(plan: Plan, shard: Shard, broker: Broker, thread: ThreadPoolExecutor
         patience_s=config.broker.patience_s,
         sizes=Sizes(config.broker.inline_bytes, config.broker.chunk_bytes),
     )
-    site = Site(shard.name, task, MemoryJournal(), thread)
-    return Worker(site, broker, Topology(config.run.federation), settings)
+    site = Site(shard.name, always(task), MemoryJournal(), thread)
+    return Worker(site, broker, Topology(config.broker.federation), settings)
 
 
 def _aggregator(plan: Plan, broker: Broker, display: Display) -> Aggregator:
-    config, judge = plan.config, plan.definition.bind(held_out=plan.shares.held_out)
-
-    def evaluate(arrays: Arrays) -> dict[str, float]:
-        return judge.evaluate(arrays).metrics
-
-    job = Job(
-        settings=config.run_settings(),
-        initial=judge.initial,
-        evaluate=evaluate,
-        metric=config.evaluation.metric or plan.definition.metric,
-        from_checkpoint=True,  # the command refuses a used directory unless it is to resume
-    )
-    notice = partial(_notice, display)
-    return Aggregator(job, broker, config.run_dir, Surroundings(on_report=display.on_report, on_notice=notice))
+    job = task_job(plan.config, plan.definition, plan.shares.held_out)
+    job = replace(job, from_checkpoint=True)  # the command refuses a used directory unless it is to resume
+    around = Surroundings(on_report=display.on_report, on_notice=partial(notice, display))
+    return Aggregator(job, broker, plan.config.run_dir, around)
 
 
 def _holdings(shares: Shares) -> dict[str, object]:
@@ -157,7 +128,3 @@ def _holdings(shares: Shares) -> dict[str, object]:
         "examples": f"{min(sizes)} to {max(sizes)}",
         "held_out": len(shares.held_out),
     }
-
-
-def _notice(display: Display, event: str, fields: Mapping[str, object]) -> None:
-    display.on_notice(event, **fields)

@@ -23,7 +23,7 @@ from workers.journal import Journal, MemoryJournal
 from workers.link import WorkerSettings
 from workers.task import Evaluation, TrainConfig, TrainResult
 from workers.trainer import Sizes
-from workers.worker import Site, Worker
+from workers.worker import Site, Worker, always
 
 
 class Pull:
@@ -97,7 +97,7 @@ class Federation:
         task = self.tasks.setdefault(name, Pull(name, self.size))
         journal = self.journals.setdefault(name, MemoryJournal())
         settings = WorkerSettings(self.heartbeat_s, patience_s=5.0, retry_s=0.2, sizes=self.sizes, lag_s=lag_s)
-        return Worker(Site(name, task, journal), broker or self.broker, self.topology, settings)
+        return Worker(Site(name, always(task), journal), broker or self.broker, self.topology, settings)
 
     def on_report(self, report: RoundReport) -> None:
         self.reports.append(report)

@@ -25,13 +25,15 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """Waits and sizes. `lag_s` adds seconds to a training that took so many: to study slow machines."""
+    """Waits, sizes, and who is told what the worker does. `lag_s` adds seconds to a training that took so many:
+    to study slow machines."""
 
     heartbeat_s: float = 10.0
     patience_s: float = 30.0
     retry_s: float = 10.0  # at the most, between attempts to connect
     sizes: Sizes = field(default_factory=Sizes)
     lag_s: Callable[[float], float] = lambda trained_s: 0.0  # noqa: ARG005
+    on_notice: Callable[..., object] = log.debug  # an event's past-tense word, and its fields
 
 
 class Listener(Protocol):
@@ -104,6 +106,7 @@ class Link:
                 self._reader, self._writer = reader, writer
                 await listener.on_connected()
                 self._backoff.reset()
+                self._settings.on_notice("connected", participant=self.participant)
                 await self._listen(inbox, listener)
             finally:
                 self._reader = self._writer = None

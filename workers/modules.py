@@ -13,9 +13,10 @@ from broker.errors import TaskError
 from workers.task import Arrays
 
 
-def use_one_thread() -> None:
-    """From now on torch computes with one thread in this process: with several, the bits of sums may differ."""
-    torch.set_num_threads(1)
+def use_threads(threads: int = 1) -> None:
+    """From now on torch computes with so many threads (0: as it likes). With several, bits of sums may differ."""
+    if threads:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

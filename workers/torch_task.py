@@ -35,15 +35,16 @@ class TaskDefinition:
     """What everybody agrees on: name, model, data, loss, metric and default training settings.
 
     `model` makes the module; its parameters and buffers travel under their `state_dict` names. `load` gets the
-    whole data set (or one participant's own). `loss` is "cross-entropy", "mse" or a function of (outputs,
-    targets) that gives the mean over the examples as a scalar. `metric` "accuracy" adds accuracy to
-    evaluations, "rmse" adds rmse and mae. `defaults` are training settings (see `Recipe`). `held_out` is the
-    share of examples nobody trains on; `seed` draws the initial model and the held-out examples.
+    whole data set; if it takes an argument, that is what `site.data` says: where one participant's own is.
+    `loss` is "cross-entropy", "mse" or a function of (outputs, targets) that gives the mean over the examples as
+    a scalar. `metric` "accuracy" adds accuracy to evaluations, "rmse" adds rmse and mae. `defaults` are training
+    settings (see `Recipe`). `held_out` is the share of examples nobody trains on; `seed` draws the initial model
+    and the held-out examples.
     """
 
     name: str
     model: Callable[[], nn.Module]
-    load: Callable[[], Dataset]
+    load: Callable[..., Dataset]
     summary: str = ""
     loss: Literal["cross-entropy", "mse"] | Loss = "cross-entropy"
     metric: Literal["accuracy", "rmse"] = "accuracy"

@@ -8,15 +8,16 @@ for, and looks again whenever there is news.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import structlog
 
-from broker.errors import BadMessage, StateError, TransportError
+from broker.errors import BadMessage, FluffleError, StateError, TransportError
 from broker.messages import Heartbeat, Join, Leave, TrainFailed, TrainRound
 from broker.offload import contained
 from broker.topology import AGGREGATOR, Topology
@@ -27,15 +28,28 @@ from workers.link import Link, WorkerSettings
 from workers.task import LearningTask, WorkAbandoned
 from workers.trainer import carry_out, train_config
 
+SOFTWARE = f"fluffle {version('fluffle')}"
+
 log = structlog.get_logger(__name__)
+
+
+TaskFor = Callable[[TrainRound], LearningTask]
+
+
+def always(task: LearningTask) -> TaskFor:
+    """The same learning task whatever the run asks for."""
+    return lambda _: task
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a worker works: its name, its learning task and journal, and the thread that trains."""
+    """Where a worker works: its name, its learning task and journal, and the thread that trains.
+
+    `task_for` finds the learning task for an order. It runs in that thread too, so it may load data.
+    """
 
     participant: str
-    task: LearningTask
+    task_for: TaskFor
     journal: Journal
     executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "train"))
 
@@ -64,7 +78,7 @@ class Worker:
         self._news = asyncio.Event()
         self._abandoned = asyncio.Event()
         self._stopping = asyncio.Event()
-        self.finished = asyncio.Event()  # the run that it was last told of is over
+        self.finished = asyncio.Event()  # a run that it saw going on is over
 
     def stop(self) -> None:
         """Please stop: the update in hand is published, training is abandoned, then it leaves."""
@@ -89,8 +103,7 @@ class Worker:
     # -- being told: what the link calls --------------------------------------------------------------------
 
     async def on_connected(self) -> None:
-        task = self.site.task
-        await self._link.send(Join(**self._status(), learning_task=task.name, num_examples=task.num_examples))
+        await self._link.send(Join(**self._status(), software=SOFTWARE))
         self._news.set()
 
     async def on_heartbeat(self) -> None:
@@ -112,6 +125,8 @@ class Worker:
         self._order = order
         await delivery.ack()
         await self._consider(order.told)
+        if order.told.finished and same_run and before and not before.finished:
+            self.finished.set()
         if not same_run:
             await self.on_connected()
         elif before and before.epoch != order.told.epoch:
@@ -127,13 +142,11 @@ class Worker:
             if told.run_id != held.update.run_id or (task >= held.update.task and fate != "missing"):
                 self._held = None
                 await self.site.journal.drop_held()
-                log.debug("update_settled", participant=self.participant, task=held.update.task, fate=fate)
+                self._notice("update_settled", task=held.update.task, fate=fate)
             elif task == held.update.task:
                 held.sent = False  # the aggregator does not have it
             elif told.task == held.update.task and self.participant in told.asked:
                 await self.on_heartbeat()  # it did not have it when it asked; has it come meanwhile?
-        if told.finished:
-            self.finished.set()
         self._news.set()
 
     def _status(self) -> dict[str, Any]:
@@ -175,16 +188,19 @@ class Worker:
         """One task, from fetching the model to the journaled update. A task that raises is reported."""
         told = self._training = order.told
         self._abandoned.clear()
+        self._notice("work_begun", work=told.work, round=told.round, attempt=told.attempt, task=told.task)
         try:
             held = await self._carry_out(order)
             await self.site.journal.save_held(held)
             self._held = held
+            self._notice("work_done", task=told.task, seconds=round(held.update.seconds, 3), **held.update.metrics)
         except WorkAbandoned:
             log.info("work_abandoned", participant=self.participant, task=told.task)
         except (TransportError, BadMessage, StateError):
             raise
         except Exception as error:  # whatever a user's task raises: the worker lives on
-            log.exception("task_failed", participant=self.participant, task=told.task)
+            cause = None if isinstance(error, FluffleError) else error
+            log.error("task_failed", participant=self.participant, task=told.task, why=str(error), exc_info=cause)
             reason = f"{type(error).__name__}: {error}"[:2000].encode(errors="replace").decode()
             await self._link.send(
                 TrainFailed(participant=self.participant, run_id=told.run_id, task=told.task, error=reason)
@@ -198,12 +214,17 @@ class Worker:
             raise BadMessage("the order names no model")
         blob = await self._link.fetch(order.told.model, order.payload)
         config = train_config(order.told, self.participant, self._abandoned.is_set)
-        work = partial(
-            contained(carry_out), self.site.task, order.told, blob, config, self.participant, self._settings.sizes
-        )
-        held = await asyncio.get_running_loop().run_in_executor(self.site.executor, work)
+
+        def work() -> Held:
+            task = self.site.task_for(order.told)
+            return carry_out(task, order.told, blob, config, self.participant, self._settings.sizes)
+
+        held = await asyncio.get_running_loop().run_in_executor(self.site.executor, contained(work))
         await self._lag(self._settings.lag_s(held.update.seconds))
         return held  # what is finished is published, even if it may be late: the ledger shall know
+
+    def _notice(self, event: str, **fields: object) -> None:
+        self._settings.on_notice(event, participant=self.participant, **fields)
 
     async def _lag(self, lag_s: float) -> None:
         """Plays a slow machine, which stops like any other when its work became pointless."""

@@ -22,10 +22,10 @@ from click.testing import CliRunner, Result
 
 from aggregator.archive import Archive
 from broker import tensors
-from broker.errors import ConfigError, StateError, TaskError
+from broker.errors import ConfigError, StateError, TaskError, first_known
 from broker.head import ClosedRound, Decision, HeadRecord
 from broker.messages import Where
-from fluffle.cli import cli, first_known, prediction_lines
+from fluffle.cli import cli, prediction_lines
 from fluffle.config import Config
 from fluffle.display import Display
 

@@ -105,7 +105,7 @@ CLOSED = st.builds(
     unlisted=COUNT,
 )
 MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
-    Join: st.builds(Join, **STATUS, learning_task=TEXT, num_examples=COUNT, software=TEXT),
+    Join: st.builds(Join, **STATUS, software=TEXT),
     Heartbeat: st.builds(Heartbeat, **STATUS),
     Leave: st.builds(Leave, participant=PARTICIPANT, reason=TEXT),
     UpdateReady: st.builds(
@@ -217,7 +217,7 @@ def test_what_participants_send_fits_their_limits_at_its_largest() -> None:
     for message in (
         largest,
         TrainFailed(participant="p" * 40, run_id="r" * 60, task=MAX_COUNT, error=wide * 2000),
-        Join(participant="p" * 40, learning_task=wide * 200, software=wide * 200),
+        Join(participant="p" * 40, software=wide * 200),
     ):
         assert decode(encode(message), FROM_PARTICIPANT)[0] == message
 
@@ -262,11 +262,11 @@ def test_a_message_for_a_large_federation_fits() -> None:
         (frame(msgpack.packb({"kind": "leave", "participant": b"p01"})), "not valid msgpack"),
         (frame(header(kind="join")), "field 'participant': Field required"),
         (frame(header(**JOIN, colour="red")), "field 'colour': Extra inputs are not permitted"),
-        (frame(header(**JOIN, num_examples="7")), "field 'num_examples': Input should be a valid integer"),
-        (frame(header(**JOIN, num_examples=7.0)), "field 'num_examples'"),
-        (frame(header(**JOIN, num_examples=True)), "field 'num_examples'"),
-        (frame(header(**JOIN, num_examples=-1)), "field 'num_examples'"),
-        (frame(header(**JOIN, num_examples=MAX_COUNT + 1)), "field 'num_examples'"),
+        (frame(header(**JOIN, task="7")), "field 'task': Input should be a valid integer"),
+        (frame(header(**JOIN, task=7.0)), "field 'task'"),
+        (frame(header(**JOIN, task=True)), "field 'task'"),
+        (frame(header(**JOIN, task=-1)), "field 'task'"),
+        (frame(header(**JOIN, task=MAX_COUNT + 1)), "field 'task'"),
         (frame(header(**JOIN, phase="asleep")), "field 'phase'"),
         (frame(header(**JOIN, software="x" * 201)), "field 'software'"),
         (frame(header(**UPDATE, metrics={"loss": float("nan")})), "field 'metrics.loss'"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from broker.errors import ConfigError
+from workers.task import LearningTask
 
 if TYPE_CHECKING:
     from workers.torch_task import TaskDefinition
@@ -37,19 +40,25 @@ def find_task(name: str) -> TaskDefinition:
 
     Raises ConfigError, with near names, if there is no such task or its module cannot be imported.
     """
-    if ":" in name:
-        return _import_task(name)
-    if name not in CATALOGUE:
+    from workers.torch_task import TaskDefinition
+
+    found = find_object(name)
+    if not isinstance(found, TaskDefinition):
+        raise ConfigError(f"task {name!r} is no TaskDefinition, which this command needs, but {found!r}")
+    return found
+
+
+def find_object(name: str) -> Any:
+    """What a task's name stands for: a TaskDefinition, a LearningTask, or a function that makes one.
+
+    Raises ConfigError as `find_task` does.
+    """
+    if ":" not in name and name not in CATALOGUE:
         raise ConfigError(
             f"there is no task {name!r}{_near(name, CATALOGUE)}: use one of {', '.join(CATALOGUE)}, or your own as "
             "package.module:OBJECT"
         )
-    return _import_task(CATALOGUE[name].where)
-
-
-def _import_task(where: str) -> TaskDefinition:
-    from workers.torch_task import TaskDefinition
-
+    where = name if ":" in name else CATALOGUE[name].where
     module_name, _, object_name = where.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -59,13 +68,20 @@ def _import_task(where: str) -> TaskDefinition:
             "Is its folder on PYTHONPATH?"
         ) from error
     found = getattr(module, object_name, None)
-    if isinstance(found, TaskDefinition):
+    if _is_task(found) or inspect.isroutine(found) or inspect.isclass(found):
         return found
-    there = [key for key, value in vars(module).items() if isinstance(value, TaskDefinition)]
+    there = [key for key, value in vars(module).items() if _is_task(value)]
     raise ConfigError(
-        f"task {where!r}: {module_name} has no TaskDefinition named {object_name!r}{_near(object_name, there)}; "
+        f"task {where!r}: {module_name} has no task named {object_name!r}{_near(object_name, there)}; "
         f"it has: {', '.join(there) or 'none'}"
     )
+
+
+def _is_task(found: object) -> bool:
+    """Whether it is a learning task, or the definition of one; without importing what defines those."""
+    torch_task = sys.modules.get("workers.torch_task")
+    is_definition = torch_task is not None and isinstance(found, torch_task.TaskDefinition)
+    return is_definition or (isinstance(found, LearningTask) and not inspect.isclass(found))
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,5 @@
+"""`python -m fluffle` is the command `fluffle`."""
+
+from fluffle.cli import main
+
+main()

@@ -1,0 +1,110 @@
+"""What an aggregator runs, out of a configuration. The task's code, and torch with it, is imported if it is needed.
+
+It is not needed if the initial model comes from a file and the aggregator does not evaluate.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aggregator.job import Job
+from broker.errors import ConfigError
+from broker.tensors import Arrays
+from broker.topology import AGGREGATOR
+from fluffle.config import Config, Defaults, Layer, taken_on_trust
+from fluffle.rundir import load_model
+from workers.task import LearningTask
+from workers.tasks import find_object
+
+if TYPE_CHECKING:  # brings torch
+    from workers.torch_task import TaskDefinition
+
+MEASURED = {"accuracy": {"loss", "accuracy"}, "rmse": {"loss", "rmse", "mae"}}
+
+
+def run_defaults(*layers: Layer) -> Defaults:
+    """The task's own settings as far as its code is at hand."""
+    given = {name: value for layer in layers for name, (value, _) in layer.items()}
+    trusted = taken_on_trust(*layers)
+
+    def defaults(task: str) -> Any:
+        if _is_self_sufficient(given.get("run.initial", ""), given.get("evaluation.mode", "central")):
+            return trusted(task)
+        if _is_plain(_task_named(task)):
+            return trusted(task)
+        from fluffle.learning import task_defaults
+
+        return task_defaults(task)
+
+    return defaults
+
+
+def run_job(config: Config) -> Job:
+    """The job of a deployed aggregator. Raises ConfigError for what cannot work."""
+    initial = partial(load_model, Path(config.run.initial)) if config.run.initial else None
+    if initial is not None and _is_self_sufficient(config.run.initial, config.evaluation.mode):
+        initial()  # a missing file is told now
+        return Job(config.run_settings(), initial, metric=config.evaluation.metric or "loss")
+    task = _task_named(config.task)
+    if _is_plain(task):
+        judge: LearningTask = task if isinstance(task, LearningTask) else task(AGGREGATOR, "")
+        return _job(config, judge, initial, "loss")
+    from fluffle.learning import shares_of
+
+    check_metrics(config, task)
+    held_out = shares_of(config, task).held_out if config.evaluation.mode == "central" else None
+    return _job(config, task.bind(held_out=held_out), initial, task.metric)
+
+
+def task_job(config: Config, definition: TaskDefinition, held_out: Any) -> Job:
+    """The job of a simulated aggregator: the examples that nobody trains on are at hand."""
+    return _job(config, definition.bind(held_out=held_out), None, definition.metric)
+
+
+def check_metrics(config: Config, definition: TaskDefinition) -> None:
+    """Refuses to wait for a metric that nobody measures."""
+    measured = {"train_loss"} | (MEASURED[definition.metric] if config.evaluation.mode != "none" else set())
+    target = config.stop.target_metric.partition(":")[0]
+    judged = config.evaluation.metric or (definition.metric if config.stop.patience else "")
+    for setting, name in (
+        ("stop.target_metric", target),
+        ("evaluation.metric, which stop.patience needs,", judged),
+    ):
+        if name and name not in measured:
+            raise ConfigError(
+                f"{setting} is {name!r}, which task {definition.name!r} does not measure with evaluation.mode = "
+                f"{config.evaluation.mode}: it measures {', '.join(sorted(measured))}"
+            )
+
+
+def _job(config: Config, judge: LearningTask, initial: Any, metric: str) -> Job:
+    def evaluate(arrays: Arrays) -> dict[str, float]:
+        return judge.evaluate(arrays).metrics
+
+    return Job(
+        settings=config.run_settings(),
+        initial=initial or judge.initial,
+        evaluate=evaluate if config.evaluation.mode == "central" else None,
+        metric=config.evaluation.metric or metric,
+    )
+
+
+def _is_self_sufficient(initial: object, mode: object) -> bool:
+    return bool(initial) and mode != "central"
+
+
+def _is_plain(task: object) -> bool:
+    """Whether it is no TaskDefinition, but a learning task or what makes one."""
+    return isinstance(task, LearningTask) or callable(task)
+
+
+def _task_named(name: str) -> Any:
+    if find_spec("torch") is None and ":" not in name:
+        raise ConfigError(
+            f"torch is not installed here, which task {name!r} needs for its initial model and for evaluation: set "
+            f"run.initial to what `fluffle initial {name} FILE` wrote, and evaluation.mode to federated or none"
+        )
+    return find_object(name)

@@ -1,0 +1,38 @@
+"""The aggregator as a process of its own: what the command `aggregator` does."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+from aggregator.daemon import Aggregator
+from aggregator.job import Job, Surroundings
+from broker.head import HeadRecord
+from broker.transport import Broker
+from fluffle.config import Config
+from fluffle.display import Display, notice
+from fluffle.signals import Terminated, on_signal
+
+
+async def serve(config: Config, job: Job, broker: Broker, display: Display) -> HeadRecord:
+    """Leads the run, or stands by until it must; returns its last record. Raises Terminated after SIGTERM."""
+    around = Surroundings(on_report=display.on_report, on_notice=partial(notice, display))
+    running = asyncio.ensure_future(Aggregator(job, broker, config.run_dir, around).run())
+    terminated = asyncio.Event()
+
+    def terminate() -> None:
+        terminated.set()
+        running.cancel()
+
+    with on_signal(terminate):
+        try:
+            return await running
+        except asyncio.CancelledError:
+            if terminated.is_set():
+                raise Terminated from None
+            raise
+
+
+def wall_s(record: HeadRecord) -> float:
+    """Seconds from the first record of the run to its last closed round, whoever led it."""
+    return max(0.0, record.closed.closed - record.started) if record.closed else 0.0
