@@ -49,11 +49,13 @@ for command in (aggregator, worker, initial):
 @cli.command()
 @configurable(*COMMON_FLAGS, *FEDERATION_FLAGS)
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-dir, with its settings.")
+@click.option("--abandon", metavar="RUN_ID", default="", help="Give up the unfinished run of this name first.")
 @json_option
-def simulate(asked: Asked, resume: bool, json_target: str | None) -> None:  # noqa: FBT001 - a flag
-    """Train TASK with aggregator and participants in this process.
+def simulate(asked: Asked, resume: bool, abandon: str, json_target: str | None) -> None:  # noqa: FBT001 - a flag
+    """Train TASK with aggregator and participants on this machine.
 
-    TASK is a shipped one (see `fluffle tasks`) or package.module:Object.
+    TASK is a shipped one (see `fluffle tasks`) or package.module:Object. With --broker amqp://HOST every
+    participant is a process of its own.
     """
     from fluffle.display import make_display
     from fluffle.finish import finish
@@ -69,7 +71,7 @@ def simulate(asked: Asked, resume: bool, json_target: str | None) -> None:  # no
     display = make_display(f"{config.task} · {config.run.id}", config.stop.rounds, lines=bool(asked.log_format))
     asked.configure_logs(quiet=display.live)
     with display:
-        outcome = asyncio.run(run_simulation(plan, display))
+        outcome = asyncio.run(run_simulation(plan, display, abandon=abandon))
     result = finish(run, config, outcome.record, outcome.wall_s)
     emit(result, summary(result, run), json_target)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -61,23 +63,35 @@ def opened_journal(config: Config) -> Iterator[FileJournal]:
         ) from None
 
 
-async def participate(worker: Worker, *, once: bool) -> None:
-    """Serves run after run until SIGTERM or Ctrl-C, or only until a run that it saw is over."""
+@dataclass(frozen=True, slots=True)
+class Until:
+    """When a worker stops by itself: when a run that it saw is `over`, or when standard input `ends`."""
+
+    over: bool = False
+    ends: bool = False
+
+
+async def participate(worker: Worker, until: Until) -> None:
+    """Serves run after run until SIGTERM or Ctrl-C, or until what was asked for."""
     log.info("worker_started", participant=worker.participant)
     with on_signal(worker.stop, signal.SIGTERM, signal.SIGINT):
-        running = asyncio.ensure_future(worker.run())
-        over = asyncio.ensure_future(worker.finished.wait())
-        try:
-            if once:
-                await asyncio.wait((running, over), return_when=asyncio.FIRST_COMPLETED)
-                worker.stop()
-            await running
-        finally:
-            over.cancel()
-            running.cancel()
-            with suppress(asyncio.CancelledError):
-                await over
+        async with asyncio.TaskGroup() as group:
+            ends = [worker.finished.wait] * until.over + [_end_of_input] * until.ends
+            waits = [group.create_task(end()) for end in ends]
+            for wait in waits:
+                wait.add_done_callback(lambda _: worker.stop())
+            await worker.run()
+            for wait in waits:
+                wait.cancel()
     log.info("worker_stopped", participant=worker.participant, peak_rss_mb=round(peak_rss_mb(), 1))
+
+
+async def _end_of_input() -> bool:
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    while await reader.read(1 << 10):
+        pass
+    return True
 
 
 def make_worker(config: Config, assignment: Assignment, journal: FileJournal, broker: Broker) -> Worker:

@@ -59,21 +59,22 @@ def aggregator(asked: Asked, abandon: str, from_checkpoint: bool, fresh: bool, j
 @click.command()
 @configurable(*SITE_FLAGS, given=(CONFIG_FILE,))
 @click.option("--once", is_flag=True, help="Stop when a run that it saw is over, instead of waiting for the next.")
-def worker(asked: Asked, once: bool) -> None:  # noqa: FBT001 - a flag
+@click.option("--child", is_flag=True, help="Stop when standard input ends: for programs that start workers.")
+def worker(asked: Asked, once: bool, child: bool) -> None:  # noqa: FBT001 - flags
     """Train for one participant whenever the federation asks for it.
 
     Learns the run's task on this participant's share of its data, unless --task and --data name others. Waits for a
     broker that is not there, and remembers in its journal what it must not do twice.
     """
     from fluffle.brokers import rabbit_broker
-    from fluffle.participate import check_site, make_worker, opened_journal, participate
+    from fluffle.participate import Until, check_site, make_worker, opened_journal, participate
 
     asked.configure_logs()
     config = asked.site_config()
     assignment = check_site(config)
     broker = rabbit_broker(config.broker)
     with opened_journal(config) as journal:
-        asyncio.run(participate(make_worker(config, assignment, journal, broker), once=once))
+        asyncio.run(participate(make_worker(config, assignment, journal, broker), Until(once, child)))
 
 
 @click.command()

@@ -1,4 +1,7 @@
-"""A whole federation in one process: the real aggregator and the real workers on the embedded broker."""
+"""A whole federation on one machine: the real aggregator and the real workers.
+
+On the embedded broker all of it is in this process; over RabbitMQ every worker is a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,14 @@ import structlog
 from aggregator.daemon import Aggregator
 from aggregator.job import Surroundings
 from aggregator.strategies import make_strategy
-from broker.errors import ConfigError, first_known
+from broker.errors import first_known
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker
+from fluffle.brokers import rabbit_broker
 from fluffle.config import Config
+from fluffle.crowd import check_credentials, crowd
 from fluffle.display import Display, notice
 from fluffle.jobs import check_metrics, task_job
 from fluffle.learning import shares_of
@@ -49,47 +54,61 @@ class Plan:
     config: Config
     definition: TaskDefinition
     shares: Shares
+    broker: Broker
 
 
 def plan_simulation(config: Config) -> Plan:
     """Loads the task and shares out its data. Raises FluffleError for what cannot work."""
-    if config.broker.url != "memory":
-        raise ConfigError(
-            f"broker.url = {config.broker.url.split('@')[-1]!r}: simulations run on the embedded broker only: "
-            "use --broker memory"
-        )
+    broker = _broker(config)
     make_strategy(config.strategy, config.round)
     definition = find_task(config.task)
     definition.recipe(config.train.chosen())
     check_metrics(config, definition)
-    return Plan(config, definition, shares_of(config, definition))
+    return Plan(config, definition, shares_of(config, definition), broker)
 
 
-async def run_simulation(plan: Plan, display: Display) -> Outcome:
-    """Runs to the end, or goes on from the checkpoints in the run directory.
+def _broker(config: Config) -> Broker:
+    if config.broker.url == "memory":
+        return MemoryBroker(Topology(config.broker.federation).access)
+    check_credentials(config)
+    return rabbit_broker(config.broker)
 
-    All participants share one training thread with one torch thread, so that equal seeds give equal bits.
-    """
+
+async def run_simulation(plan: Plan, display: Display, *, abandon: str = "") -> Outcome:
+    """Runs to the end, or goes on from the broker's record or the checkpoints in the run directory."""
     use_threads()
     display.on_notice("data_shared_out", **_holdings(plan.shares))
-    topology = Topology(plan.config.broker.federation)
-    broker = MemoryBroker(topology.access)
-    await _set_up(broker, topology)
     began = time.monotonic()
+    try:
+        if plan.config.broker.url == "memory":
+            record = await _in_one_process(plan, display)
+        else:
+            record = await _in_processes(plan, display, abandon)
+    except ExceptionGroup as failures:
+        raise first_known(failures) or failures from failures
+    return Outcome(record, time.monotonic() - began)
+
+
+async def _in_one_process(plan: Plan, display: Display) -> HeadRecord:
+    """All participants share one training thread with one torch thread, so that equal seeds give equal bits."""
+    await _set_up(plan.broker, Topology(plan.config.broker.federation))
     thread = ThreadPoolExecutor(1, "train")
     try:
         async with asyncio.TaskGroup() as group:
-            workers = [_worker(plan, shard, broker, thread) for shard in plan.shares.shards]
+            workers = [_worker(plan, shard, thread) for shard in plan.shares.shards]
             for worker in workers:
                 group.create_task(worker.run(), name=worker.participant)
-            record = await _aggregator(plan, broker, display).run()
+            record = await _aggregator(plan, display).run()
             for worker in workers:
                 worker.stop()
-    except ExceptionGroup as failures:
-        raise first_known(failures) or failures from failures
     finally:
         await asyncio.to_thread(thread.shutdown)
-    return Outcome(record, time.monotonic() - began)
+    return record
+
+
+async def _in_processes(plan: Plan, display: Display, abandon: str) -> HeadRecord:
+    async with crowd(plan.config, [shard.name for shard in plan.shares.shards]):
+        return await _aggregator(plan, display, abandon).run()
 
 
 async def _set_up(broker: Broker, topology: Topology) -> None:
@@ -99,7 +118,7 @@ async def _set_up(broker: Broker, topology: Topology) -> None:
     await connection.close()
 
 
-def _worker(plan: Plan, shard: Shard, broker: Broker, thread: ThreadPoolExecutor) -> Worker:
+def _worker(plan: Plan, shard: Shard, thread: ThreadPoolExecutor) -> Worker:
     config = plan.config
     held_out = shard.held_out if len(shard.held_out) else None
     task = plan.definition.bind(shard.train, held_out, shard.name)
@@ -110,14 +129,16 @@ def _worker(plan: Plan, shard: Shard, broker: Broker, thread: ThreadPoolExecutor
         sizes=Sizes(config.broker.inline_bytes, config.broker.chunk_bytes),
     )
     site = Site(shard.name, always(task), MemoryJournal(), thread)
-    return Worker(site, broker, Topology(config.broker.federation), settings)
+    return Worker(site, plan.broker, Topology(config.broker.federation), settings)
 
 
-def _aggregator(plan: Plan, broker: Broker, display: Display) -> Aggregator:
+def _aggregator(plan: Plan, display: Display, abandon: str = "") -> Aggregator:
     job = task_job(plan.config, plan.definition, plan.shares.held_out)
-    job = replace(job, from_checkpoint=True)  # the command refuses a used directory unless it is to resume
+    job = replace(
+        job, abandon=abandon, from_checkpoint=True
+    )  # the command refuses a used directory unless it is to resume
     around = Surroundings(on_report=display.on_report, on_notice=partial(notice, display))
-    return Aggregator(job, broker, plan.config.run_dir, around)
+    return Aggregator(job, plan.broker, plan.config.run_dir, around)
 
 
 def _holdings(shares: Shares) -> dict[str, object]:

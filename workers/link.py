@@ -49,7 +49,8 @@ class Listener(Protocol):
 class Link:
     """One connection to consume and one to publish, made again whenever either is lost.
 
-    While there is none, everything that needs one raises ConnectionLost at once.
+    While there is none, everything that needs one raises ConnectionLost at once. Who is refused before it ever was
+    connected has the wrong name or password: that is raised.
     """
 
     def __init__(self, participant: str, broker: Broker, topology: Topology, settings: WorkerSettings) -> None:
@@ -58,6 +59,7 @@ class Link:
         self._backoff = Backoff(settings.retry_s)
         self._reader: Transport | None = None
         self._writer: Transport | None = None
+        self._welcome = False
 
     async def run(self, listener: Listener) -> None:
         """Connects, listens, sends heartbeats, and begins again when the connection is lost; for ever."""
@@ -65,6 +67,8 @@ class Link:
             try:
                 await self._converse(listener)
             except TransportError as lost:
+                if isinstance(lost, AccessRefused) and not self._welcome:
+                    raise
                 pause_s = self._backoff.next_s()
                 log.warning(
                     "not_connected", participant=self.participant, reason=str(lost), next_try_s=round(pause_s, 2)
@@ -106,6 +110,7 @@ class Link:
                 self._reader, self._writer = reader, writer
                 await listener.on_connected()
                 self._backoff.reset()
+                self._welcome = True
                 self._settings.on_notice("connected", participant=self.participant)
                 await self._listen(inbox, listener)
             finally:
