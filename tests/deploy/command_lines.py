@@ -16,7 +16,17 @@ from fluffle.learning import task_defaults
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 # What docs/deploy.md needs and other changes bring: until they are there it is not checked, but listed.
-AWAITED_COMMANDS = {"aggregator", "worker", "initial", "broker", "status", "pause", "resume", "stop", "participants"}
+AWAITED_COMMANDS = {
+    "aggregator",
+    "worker",
+    "initial",
+    "broker",
+    "status",
+    "pause",
+    "resume",
+    "stop",
+    "participants",
+}
 AWAITED_SETTINGS = {
     "run.initial", "broker.federation", "broker.secrets", "http.listen", "site.participant", "site.data",
     "site.journal",
@@ -91,5 +101,3 @@ def unknown_settings(path: Path) -> set[str]:
     """Names that no setting has. Raises ConfigError if it is no TOML."""
     known = {setting.name for setting in settings()}
     return {name for name in from_toml(path) if name not in known and not name.startswith("train.")}
-
-

@@ -62,7 +62,9 @@ def test_everything_but_secrets_is_applied() -> None:
     assert {FOLDER / name for name in KUSTOMIZATION["resources"]} == {
         file for file in FILES if "example" not in file.name
     }
-    assert not [thing for file in KUSTOMIZATION["resources"] for thing in objects(FOLDER / file) if is_secret(thing)]
+    assert not [
+        thing for file in KUSTOMIZATION["resources"] for thing in objects(FOLDER / file) if is_secret(thing)
+    ]
 
 
 def is_secret(thing: Object) -> bool:
