@@ -30,7 +30,7 @@ def lines(page: Path) -> Iterator[list[str]]:
     """Every command line of Fluffle in a page's blocks, also behind `docker compose exec SERVICE`."""
     for block in FENCE.findall(page.read_text("utf-8")):
         for line in block.replace("\\\n", " ").splitlines():
-            found = re.search(r"^\s*(?:docker compose .* )?fluffle (?!\.)(.*)", line)
+            found = re.search(r"^\s*(?:docker compose .* exec \S+ +)?fluffle (.*)", line)
             if found:
                 yield shlex.split(found[1])
 
