@@ -11,6 +11,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import aggregator_requirements
+import numpy as np
 import pytest
 from command_lines import DEPLOY, ROOT, check_all
 
@@ -110,7 +111,7 @@ def test_the_command_starts_without_torch(tmp_path: Path) -> None:
     if "aggregator" not in cli.commands:
         pytest.skip("not registered yet: aggregator")
     initial = tmp_path / "initial.safetensors"
-    initial.write_bytes(tensors.encode({"w": tensors.np.zeros(3, dtype="float32")}))
+    initial.write_bytes(tensors.encode({"w": np.zeros(3, np.float32)}))
     run, secrets = tmp_path / "run.toml", tmp_path / "secrets.toml"
     run.write_text(f'task = "digits"\n[run]\ninitial = "{initial}"\n[evaluation]\nmode = "none"\n')
     secrets.write_text('aggregator = "x"\n')
