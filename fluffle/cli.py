@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from broker.errors import ConfigError, FluffleError, StateError, first_known
+from fluffle.control_commands import COMMANDS
 from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS, Flag
 
 if TYPE_CHECKING:
@@ -404,6 +405,10 @@ def fetch(name: str) -> None:  # noqa: ARG001 - the only one there is
     from workers.data import fetch_mnist
 
     fetch_mnist(progress=lambda line: click.echo(line, err=True))
+
+
+for _command in COMMANDS:
+    cli.add_command(_command)
 
 
 def open_model(model: str, task: str | None) -> tuple[Arrays, TaskDefinition]:
