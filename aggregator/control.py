@@ -1,8 +1,8 @@
 """What operators want, as pure decisions about a Control and the record.
 
-While a round is open the record's offset stays, so its Controls are read again after a take-over. The record names
-those that it holds already, and who was removed before the first of them: so whoever replays changes nothing
-twice, and believes or refuses every message as the leader before did.
+A Control changes the record but not its offset, so it is read again after a take-over. The record names those that
+it holds already, and who was removed before the first of them: so whoever replays changes nothing twice, and
+believes or refuses every message as the leader before did.
 """
 
 from __future__ import annotations

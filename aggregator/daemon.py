@@ -315,11 +315,11 @@ class Term:
         return await self._answer(wish, text, done=True)
 
     async def _commit_wish(self, wish: Control) -> None:
-        record = control.changed(wish, self.head)
+        record = control.changed(wish, self.head).with_(obeyed=control.noted(wish, self.head))
         if self.round is None:
-            return await self._commit_progress(record.with_(closed=None))
+            return await self._commit(record)
         opened = self.round.without(wish.participant) if wish.command == "remove" else self.round.open
-        return await self._reopen(self.round, record.with_(open=opened, obeyed=control.noted(wish, self.head)))
+        return await self._reopen(self.round, record.with_(open=opened))
 
     def _put_out(self, participant: str) -> None:
         """From now on it is not waited for, and what it sends is refused."""
@@ -367,7 +367,7 @@ class Term:
                     await self._reopen(self.round, self.head.with_(open=self.round.extended(now, live, live)))
                     await self._announce()
         if now >= self.refresh_at:
-            await self._commit(self.head)
+            await self._refresh()
 
     async def _close(self, closing: Round, now: float) -> None:
         """One record closes this round and opens the next."""
@@ -421,6 +421,13 @@ class Term:
         self._start_round()
         await self.intake.forget(self.head.removed)
         await self.archive.note(self.head)
+
+    async def _refresh(self) -> None:
+        """The same record again. Without an open round nothing needs to be read again: long waits stay cheap."""
+        if self.round is None:
+            await self._commit_progress(self.head.with_(closed=None))
+        else:
+            await self._commit(self.head)
 
     async def _commit(self, record: HeadRecord) -> None:
         await commit(self.lead, record, self.blob)
