@@ -211,7 +211,7 @@ async def test_a_round_closes_without_the_removed_until_it_is_admitted_again(tmp
 
 async def test_what_the_removed_delivered_before_counts_also_after_a_takeover(tmp_path: Path) -> None:
     """Who replays must not refuse what the leader before believed: the update is older than the removal."""
-    async with running(tmp_path, settings(3, rounds=2, broker={"inline_bytes": 0, "chunk_bytes": 1024})) as run:
+    async with running(tmp_path, settings(3, rounds=2), size=1 << 17) as run:  # in chunks
         run.crowd.start("p01", "p03")
         run.crowd.start("p02", lag_s=1.5)
         await run.until(lambda now: now.accepted == ("p01", "p03"))
@@ -250,9 +250,44 @@ async def test_removing_everybody_leaves_a_round_that_waits_for_others(tmp_path:
         await run.wish("remove", "p01")
         await run.taken_over()
         assert run.status().missing == ()
+        await run.until(lambda now: now.attempt >= 2)
+        assert run.status().missing == ()
         run.crowd.start("p02")
         await run.running
     assert {d.participant for d in await run.federation.ledger() if d.verdict == "counted"} == {"p02"}
+
+
+@pytest.mark.parametrize("everything", [False, True])
+async def test_a_log_that_lost_what_was_said_does_not_undo_it(tmp_path: Path, everything: bool) -> None:
+    """Streams are not synced to disk, the record is: a broker without power forgets Controls, not what they did."""
+    async with running(tmp_path, settings(3, rounds=9)) as run:
+        run.crowd.start("p01", "p02", lag_s=1.0)
+        run.crowd.start("p03", lag_s=60.0)
+        await run.until(lambda now: len(now.missing) == 3)
+        await run.wish("remove", "p03")
+        await run.wish("pause")
+        broker = run.federation.broker
+        assert isinstance(broker, MemoryBroker)
+        first, end = await offsets(run.federation)
+        broker.lose_stream_tail(TOPOLOGY.updates, end if everything else end - first)
+        await run.taken_over()
+        now = run.status()
+        assert (now.wanted, now.removed, now.missing) == ("pause", ("p03",), ("p01", "p02"))
+        await run.federation.closed(1)
+        await run.until(lambda now: len(now.live) == 2)
+        assert run.status().waits_for == "the operator: paused"
+
+
+async def offsets(federation: Federation) -> tuple[int, int]:
+    """That of the first Control, and the end of the log."""
+    reader = await federation.broker.connect(AGGREGATOR, purpose="audit")
+    log = await reader.read(TOPOLOGY.updates, offset="first")
+    controls, end = [], 0
+    while (delivery := await log.get(0)) is not None:
+        end = delivery.offset + 1
+        controls += [delivery.offset] if isinstance(decode(delivery.body)[0], Control) else []
+    await reader.close()
+    return controls[0], end
 
 
 async def test_who_was_removed_stays_removed_in_the_next_run(tmp_path: Path) -> None:
