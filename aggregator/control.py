@@ -1,4 +1,4 @@
-"""What operators want, as pure decisions about a Control and the record.
+"""What operators want: what a Control makes of the record, and what is answered.
 
 A Control changes the record but not its offset, so it is read again after a take-over. The record names those that
 it holds already, and who was removed before the first of them: so whoever replays changes nothing twice, and
@@ -7,8 +7,17 @@ believes or refuses every message as the leader before did.
 
 from __future__ import annotations
 
+import structlog
+
+from broker.errors import Unroutable
 from broker.head import HeadRecord, Obeyed
-from broker.messages import Control
+from broker.messages import Answer, Control
+from broker.retry import publish
+from broker.topology import OPERATOR, Topology
+from broker.transport import Transport
+from broker.wire import encode
+
+log = structlog.get_logger(__name__)
 
 MEANT = {"pause": "pause", "resume": "run", "stop": "stop"}  # what a command makes of `wanted`
 ALREADY = {"pause": "already paused", "resume": "already running", "stop": "already stopping"}
@@ -40,8 +49,15 @@ def removed_at_offset(head: HeadRecord) -> tuple[str, ...]:
     return head.obeyed.removed if head.obeyed else head.removed
 
 
-def answer(control: Control, head: HeadRecord) -> str:
+def answer(control: Control, head: HeadRecord) -> Answer:
     """What the operator is told; `head` is the record before. Read again, it is told the same again."""
+    if control.run_id not in ("", head.run_id):
+        text = f"the run here is {head.run_id}, not {control.run_id}"
+        return Answer(nonce=control.nonce, done=False, text=text)
+    return Answer(nonce=control.nonce, done=True, text=_done(control, head))
+
+
+def _done(control: Control, head: HeadRecord) -> str:
     name = control.participant
     if changed(control, head) == head and not was_obeyed(control, head):
         never = f"{name} was removed already" if control.command == "remove" else f"{name} is not removed"
@@ -54,3 +70,11 @@ def answer(control: Control, head: HeadRecord) -> str:
         "remove": f"removed {name}: it is not asked any more, and what it sends is refused",
         "admit": f"admitted {name}: it takes part again as soon as its worker is heard of",
     }[control.command]
+
+
+async def reply(writer: Transport, topology: Topology, answer: Answer) -> None:
+    """Tells the operator, unless nobody waits for it any more."""
+    try:
+        await publish(writer, topology.down, OPERATOR, encode(answer))
+    except Unroutable:
+        log.debug("nobody_to_tell", key=OPERATOR)

@@ -29,10 +29,9 @@ from aggregator.status import RunStatus
 from aggregator.strategies import make_strategy
 from aggregator.takeover import Takeover, commit
 from broker import tensors
-from broker.errors import BadMessage, LeadershipLost, TaskError, TransportError, Unroutable
+from broker.errors import BadMessage, LeadershipLost, TaskError, TransportError
 from broker.head import ClosedRound, HeadRecord
 from broker.messages import (
-    Answer,
     Barrier,
     Control,
     FromParticipant,
@@ -47,7 +46,7 @@ from broker.messages import (
 )  # fmt: skip
 from broker.offload import off_loop
 from broker.retry import Backoff, publish
-from broker.topology import AGGREGATOR, OPERATOR, Topology
+from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
 from broker.wire import FROM_PARTICIPANT, decode, encode
 
@@ -300,9 +299,13 @@ class Term:
 
     async def _obey(self, wish: Control) -> None:
         """Commits what an operator wants, and answers. What is read again is only answered again."""
-        if wish.run_id not in ("", self.head.run_id):
-            return await self._answer(wish, f"the run here is {self.head.run_id}, not {wish.run_id}", done=False)
-        text, is_new = control.answer(wish, self.head), not control.was_obeyed(wish, self.head)
+        answer, is_new = control.answer(wish, self.head), not control.was_obeyed(wish, self.head)
+        if answer.done:
+            await self._do(wish, is_new=is_new)
+            self._note("operator_obeyed", command=wish.command, participant=wish.participant)
+        await control.reply(self.lead.writer, self.topology, answer)
+
+    async def _do(self, wish: Control, *, is_new: bool) -> None:
         if wish.command == "remove":
             self._put_out(wish.participant)
             if is_new:
@@ -311,8 +314,6 @@ class Term:
             self.removed.discard(wish.participant)
         if is_new:
             await self._commit_wish(wish)
-        self._note("operator_obeyed", command=wish.command, participant=wish.participant)
-        return await self._answer(wish, text, done=True)
 
     async def _commit_wish(self, wish: Control) -> None:
         record = control.changed(wish, self.head).with_(obeyed=control.noted(wish, self.head))
@@ -334,19 +335,13 @@ class Term:
         for participant in self.head.removed:
             self._put_out(participant)
 
-    async def _answer(self, wish: Control, text: str, *, done: bool) -> None:
-        frame = encode(Answer(nonce=wish.nonce, done=done, text=text))
-        try:
-            await publish(self.lead.writer, self.topology.down, OPERATOR, frame)
-        except Unroutable:
-            log.debug("nobody_to_tell", key=OPERATOR)  # the operator did not wait
-
     # -- deciding: what the state machine asks for becomes a head record ------------------------------------
 
     async def _advance(self, now: float) -> None:
         if self.round is None:
             live = self.registry.live(now)
-            if why := why_finished(self.head, self.settings, now):
+            if self.head.wanted == "stop":
+                why = why_finished(self.head, self.settings, now)
                 await self._commit_progress(self.head.with_(closed=None, finished=why))
             elif plan.enough(self.head, live, self.settings, now - self.began):
                 await self._commit_progress(
@@ -409,10 +404,13 @@ class Term:
             current.leave(participant)
 
     async def _commit_progress(self, record: HeadRecord) -> None:
-        """Commits all that was read and decided so far, then tells the history."""
+        """Commits all that was read and decided so far, and who is live."""
+        await self._commit_read(record.with_(members=tuple(self.registry.live(self.around.clock()))))
+
+    async def _commit_read(self, record: HeadRecord) -> None:
+        """Moves the offset to what comes next: what was decided is in the record. Then tells the history."""
         record = record.with_(
             updates_from=self.position,
-            members=tuple(self.registry.live(self.around.clock())),
             settled=self.ledger.settled,
             decided=tuple(self.ledger.decided),
             obeyed=None,
@@ -425,7 +423,7 @@ class Term:
     async def _refresh(self) -> None:
         """The same record again. Without an open round nothing needs to be read again: long waits stay cheap."""
         if self.round is None:
-            await self._commit_progress(self.head.with_(closed=None))
+            await self._commit_read(self.head.with_(closed=None))
         else:
             await self._commit(self.head)
 

@@ -65,10 +65,15 @@ class Run:
 
 
 @asynccontextmanager
-async def running(directory: Path, run: RunSettings, *, size: int = 7) -> AsyncIterator[Run]:
-    federation = Federation(MemoryBroker(TOPOLOGY.access), directory, names(4), size=size, heartbeat_s=0.1)
-    connection = await federation.broker.connect(AGGREGATOR, purpose="audit")
-    await connection.declare(*TOPOLOGY.aggregator_declarations())
+async def running(
+    directory: Path, run: RunSettings, *, size: int = 7, broker: MemoryBroker | None = None
+) -> AsyncIterator[Run]:
+    federation = Federation(
+        broker or MemoryBroker(TOPOLOGY.access), directory, names(4), size=size, heartbeat_s=0.1
+    )
+    if broker is None:
+        connection = await federation.broker.connect(AGGREGATOR, purpose="audit")
+        await connection.declare(*TOPOLOGY.aggregator_declarations())
     aggregator = federation.aggregator(run)
     async with asyncio.timeout(30), federation.crowd() as crowd:
         task = asyncio.create_task(aggregator.run())
@@ -125,6 +130,26 @@ async def test_the_last_word_counts_whoever_reads_it_again(undisturbed: str, tmp
         assert run.status().wanted == "run"
         head = await run.running
     assert digest(head) == undisturbed
+
+
+async def test_a_long_pause_is_not_read_again_and_changes_nothing_else(undisturbed: str, tmp_path: Path) -> None:
+    async with running(tmp_path, settings(3, rounds=4, broker={"refresh_s": 0.2})) as run:
+        run.crowd.start("p01", "p02")
+        await run.until(lambda now: len(now.live) == 2)
+        await asyncio.sleep(0.5)
+        assert run.federation.reports == []  # the first round still waits for everybody
+        run.crowd.start("p03", lag_s=0.2)
+        await run.federation.closed(1)
+        await run.wish("pause")
+        await run.federation.closed(2)
+        before = run.aggregator._term.head.updates_from
+        await run.until(lambda now: run.aggregator._term.head.updates_from > before + 10)
+        await run.taken_over()
+        assert run.status().waits_for == "the operator: paused"
+        await run.wish("resume")
+        head = await run.running
+    assert digest(head) == undisturbed
+    assert [report.round for report in run.federation.reports] == [1, 2, 3, 4]
 
 
 async def test_a_word_that_came_while_nobody_led_is_obeyed_by_who_leads_next(tmp_path: Path) -> None:
@@ -318,6 +343,40 @@ async def test_the_queues_of_the_removed_are_gone(tmp_path: Path) -> None:
         run.crowd.start("p02")
         await run.until(lambda now: "p02" in now.accepted)
         assert not [name for name in broker.stats().queues if OPERATOR in name]
+
+
+# -- status ---------------------------------------------------------------------------------------------------
+
+
+async def soon(true: Callable[[], bool]) -> None:
+    """Looks until it is so, where nobody sends a message."""
+    while True:
+        if true():
+            return
+        await asyncio.sleep(0.01)
+
+
+async def test_every_aggregator_tells_what_it_does(tmp_path: Path) -> None:
+    broker = MemoryBroker(TOPOLOGY.access)
+    broker.stop()
+    async with running(tmp_path, settings(3, rounds=4), broker=broker) as run:
+        standby = run.federation.aggregator(settings(3, rounds=4))
+        assert run.status().waits_for == "the broker: connecting"
+        other = asyncio.create_task(standby.run())
+        await soon(lambda: "is stopped" in run.status().waits_for)
+        assert run.status().role == "connecting"
+        broker.start()
+        run.crowd.start("p01", "p02")
+        run.crowd.start("p03", lag_s=60.0)
+        await soon(lambda: {run.status().role, standby.status(0.0).role} == {"leader", "standby"})
+        if run.status().role == "standby":
+            run.aggregator, standby = standby, run.aggregator
+        assert standby.status(0.0).waits_for == "the leader's place: standing by"
+        now = await run.until(lambda now: now.missing == ("p03",) and now.live[2].phase == "training")
+        assert (now.round, now.rounds, now.attempt, now.cohort, now.accepted) == (1, 4, 1, 3, ("p01", "p02"))
+        assert now.waits_for.startswith("updates of p03 until the deadline in ")
+        assert now.deadline_left_s
+        other.cancel()
 
 
 # -- who may say it, and faults -------------------------------------------------------------------------------

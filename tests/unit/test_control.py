@@ -80,10 +80,10 @@ def test_what_is_read_again_is_answered_with_the_same_words() -> None:
     for one in (wish("pause"), wish("resume"), wish("stop"), wish("remove", "p01"), wish("admit", "p01")):
         before = head.with_(wanted="pause") if one.command == "resume" else head
         before = head.with_(removed=("p01",)) if one.command == "admit" else before
-        said = control.answer(one, before)
+        said = control.answer(one, before).text
         assert "already" not in said
         assert "is not removed" not in said
-        assert control.answer(one, obeyed(before, one)) == said
+        assert control.answer(one, obeyed(before, one)).text == said
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,15 @@ def test_what_is_read_again_is_answered_with_the_same_words() -> None:
     ],
 )
 def test_the_operator_is_told_what_happens_now(one: Control, head: HeadRecord, said: str) -> None:
-    assert control.answer(one, head).startswith(said)
+    answer = control.answer(one, head)
+    assert (answer.nonce, answer.done) == ("n1", True)
+    assert answer.text.startswith(said)
+
+
+def test_a_wish_for_another_run_is_refused() -> None:
+    one = Control(command="stop", run_id="run-2", nonce="n1")
+    answer = control.answer(one, HeadRecord(run_id="run-1"))
+    assert (answer.done, answer.text) == (False, "the run here is run-1, not run-2")
 
 
 # -- what follows from it -------------------------------------------------------------------------------------
