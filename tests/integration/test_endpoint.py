@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession
@@ -24,6 +27,7 @@ from fluffle.control import read_status
 from fluffle.logs import configure_logs
 from tests.federation import settings
 
+ROOT = Path(__file__).parents[2]
 ANY = HttpSettings(listen="127.0.0.1:0")
 STANDBY = status.of_standby(settings(3), "42-ab")
 CONNECTING = status.of_connecting(settings(3), "it does not answer")
@@ -170,3 +174,15 @@ async def test_the_command_says_what_to_do_when_nobody_answers(nobody: str) -> N
     found = await invoked("status", "--http", nobody)
     assert found.exit_code == 1
     assert f"http://{nobody}/status does not answer" in found.stderr
+
+
+def test_the_command_needs_no_torch(nobody: str) -> None:
+    program = (
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from fluffle.cli import cli\n"
+        f"assert 'does not answer' in CliRunner().invoke(cli, ['status', '--http', '{nobody}']).stderr\n"
+        "print(sorted({'torch', 'matplotlib', 'sklearn', 'aiohttp'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (ran.stdout, ran.stderr) == ("[]\n", "")
