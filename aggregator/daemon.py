@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from aggregator import plan
+from aggregator import control, plan, status
 from aggregator.announcer import Announcer, reply_to
 from aggregator.archive import Archive, report_of
 from aggregator.intake import Intake, check_sender
@@ -25,13 +25,15 @@ from aggregator.models import Models
 from aggregator.progress import best_of, evaluation_due, why_finished
 from aggregator.registry import Registry
 from aggregator.round import Round, Step
+from aggregator.status import RunStatus
 from aggregator.strategies import make_strategy
 from aggregator.takeover import Takeover, commit
 from broker import tensors
 from broker.errors import BadMessage, LeadershipLost, TaskError, TransportError
-from broker.head import ClosedRound, HeadRecord, OpenRound
+from broker.head import ClosedRound, HeadRecord
 from broker.messages import (
     Barrier,
+    Control,
     FromParticipant,
     Heartbeat,
     Join,
@@ -60,6 +62,9 @@ class Aggregator:
         self.job, self._broker, self._directory = job, broker, directory
         self._around = around or Surroundings()
         self._backoff = Backoff(longest_s=10.0)
+        self._lead: Lead | None = None
+        self._term: Term | None = None
+        self._trouble = "connecting"
         make_strategy(job.settings.strategy, job.settings.round)  # an unknown one is refused before anything starts
 
     async def run(self) -> HeadRecord:
@@ -70,11 +75,20 @@ class Aggregator:
                 try:
                     return await self._lead_once(archive)
                 except (LeadershipLost, TransportError) as lost:
+                    self._lead, self._term, self._trouble = None, None, str(lost)
                     pause_s = self._backoff.next_s()
                     log.warning("term_ended", reason=str(lost), next_try_s=round(pause_s, 2))
                     await asyncio.sleep(pause_s)
         finally:
             archive.close()
+
+    def status(self, now: float) -> RunStatus:
+        """What this process does at `now`, and what it waits for."""
+        if self._term is not None:
+            return self._term.status(now)
+        if self._lead is not None:
+            return status.of_standby(self.job.settings, self._lead.name)
+        return status.of_connecting(self.job.settings, self._trouble)
 
     async def _lead_once(self, archive: Archive) -> HeadRecord:
         settings, topology = self.job.settings, Topology(self.job.settings.federation)
@@ -84,9 +98,11 @@ class Aggregator:
             try:
                 await writer.declare(*topology.aggregator_declarations())
                 name = f"{os.getpid()}-{secrets.token_hex(4)}"
-                lead = await Lead(reader, writer, topology, name, settings.broker.patience_s).acquire()
+                self._lead = Lead(reader, writer, topology, name, settings.broker.patience_s)
+                lead = await self._lead.acquire()
                 self._backoff.reset()
-                return await Term(self.job, lead, topology, archive, self._around).run()
+                self._term = Term(self.job, lead, topology, archive, self._around)
+                return await self._term.run()
             finally:
                 await writer.close()
         finally:
@@ -108,6 +124,8 @@ class Term:
         self.registry = Registry((), 0.0, settings.broker.liveness_s)
         self.blob: tensors.Buffer = b""
         self.model: tensors.Arrays = {}
+        self.round: Round | None = None
+        self.removed: set[str] = set()  # as of the message that is read
         self.end = self.position = self.bytes_up = 0
         self.began = self.refresh_at = 0.0
         self.last_failure = ""
@@ -120,6 +138,13 @@ class Term:
     def caught_up(self) -> bool:
         """Whether everything that was in the stream when this term began has been read."""
         return self.position > self.end
+
+    def status(self, now: float) -> RunStatus:
+        """What this leader does at `now`, and what it waits for."""
+        view = status.View(
+            self.settings, self.head, self.round, self.registry, self.caught_up, now - self.began, self.last_failure
+        )
+        return status.of_leader(view, now)
 
     async def run(self) -> HeadRecord:
         """Reads and decides until the run is finished."""
@@ -145,6 +170,8 @@ class Term:
         self.registry = Registry(self.head.members, self.began, self.settings.broker.liveness_s)
         for participant in self.head.members:
             await self.intake.prepare(participant, len(self.blob))
+        if self.head.obeyed is None:
+            await self.intake.forget(self.head.removed)
         self.refresh_at = self.began + self.settings.broker.refresh_s
         self._start_round()
 
@@ -152,6 +179,7 @@ class Term:
         """Forgets what was decided since the record, or begins what it opened."""
         self.ledger, self.position = Ledger(self.head), self.head.updates_from
         self.round = Round(self.head.open, self.settings.round) if self.head.open else None
+        self.removed = set(control.removed_at_offset(self.head))
         if self.round and self.round.open.work == "train":
             self.strategy.start(self.model)
 
@@ -170,15 +198,23 @@ class Term:
         message: Message | None = None
         try:
             message, payload = decode(delivery.body, FROM_PARTICIPANT)
-            if not (isinstance(message, Barrier) and delivery.sender == AGGREGATOR):
-                await self._handle(check_sender(message, delivery), payload, delivery.offset)
+            match message:
+                case Barrier() if delivery.sender == AGGREGATOR:
+                    pass
+                case Control() if delivery.sender == AGGREGATOR:
+                    await self._obey(message)
+                case _:
+                    await self._handle(check_sender(message, delivery), payload, delivery.offset)
         except BadMessage as bad:
             await self._refuse(delivery, message, bad.reason)
         if behind and self.caught_up:
+            self._trust_the_record()
             self._note("caught_up", offset=delivery.offset, round=self.head.round, epoch=self.head.epoch)
             await self._announce()
 
     async def _handle(self, message: FromParticipant, payload: memoryview, offset: int) -> None:
+        if message.participant in self.removed:
+            raise BadMessage(f"{message.participant} was removed by the operator")
         came = self.registry.hear(message.participant, self.around.clock())
         if came and self.round is None and self.caught_up:
             live = len(self.registry.live(self.around.clock()))
@@ -243,26 +279,71 @@ class Term:
         note = Rejected(offset=delivery.offset, participant=delivery.sender, reason=reason[:2000])
         await publish(self.lead.writer, "", self.topology.rejected, encode(note, delivery.body[:QUOTED_BYTES]))
 
-    async def _heard(self, status: Status) -> None:
-        await self.intake.prepare(status.participant, len(self.blob))
+    async def _heard(self, told: Status) -> None:
+        self.registry.note_phase(told.participant, told.phase)
+        await self.intake.prepare(told.participant, len(self.blob))
         if self.round:
-            self.round.come_back(status.participant)
+            self.round.come_back(told.participant)
         if not self.caught_up:
             return
-        if self.round and plan.has_room(self.round.open, status.participant, self.settings):
-            cohort = tuple(sorted((*self.round.open.cohort, status.participant)))
-            await self._reopen(self.round, self.round.open.model_copy(update={"cohort": cohort}))
-        awaited = self.round is not None and self.round.awaits(status.participant)
-        fates = reply_to(status, self.head, self.ledger.settled, awaited=awaited)
+        if self.round and plan.has_room(self.round.open, told.participant, self.settings):
+            cohort = tuple(sorted((*self.round.open.cohort, told.participant)))
+            opened = self.round.open.model_copy(update={"cohort": cohort})
+            await self._reopen(self.round, self.head.with_(open=opened))
+        awaited = self.round is not None and self.round.awaits(told.participant)
+        fates = reply_to(told, self.head, self.ledger.settled, awaited=awaited)
         if fates is not None:
-            await self.announcer.tell(status.participant, fates, self.round, self.around.clock())
+            await self.announcer.tell(told.participant, fates, self.round, self.around.clock())
+
+    # -- obeying: what operators want becomes a head record, in the order of the stream ---------------------
+
+    async def _obey(self, wish: Control) -> None:
+        """Commits what an operator wants, and answers. What is read again is only answered again."""
+        answer, is_new = control.answer(wish, self.head), not control.was_obeyed(wish, self.head)
+        if answer.done:
+            await self._do(wish, is_new=is_new)
+            self._note("operator_obeyed", command=wish.command, participant=wish.participant)
+        await control.reply(self.lead.writer, self.topology, answer)
+
+    async def _do(self, wish: Control, *, is_new: bool) -> None:
+        if wish.command == "remove":
+            self._put_out(wish.participant)
+            if is_new:
+                await self.lead.writer.delete(self.topology.inbox(wish.participant))
+        elif wish.command == "admit":
+            self.removed.discard(wish.participant)
+        if is_new:
+            await self._commit_wish(wish)
+
+    async def _commit_wish(self, wish: Control) -> None:
+        record = control.changed(wish, self.head).with_(obeyed=control.noted(wish, self.head))
+        if self.round is None:
+            return await self._commit(record)
+        opened = self.round.without(wish.participant) if wish.command == "remove" else self.round.open
+        return await self._reopen(self.round, record.with_(open=opened))
+
+    def _put_out(self, participant: str) -> None:
+        """From now on it is not waited for, and what it sends is refused."""
+        self.removed.add(participant)
+        self.registry.leave(participant)
+        if self.round:
+            self.round.leave(participant)
+
+    def _trust_the_record(self) -> None:
+        """Everything was read again, but the stream may have lost Controls that the record holds."""
+        self.removed.clear()
+        for participant in self.head.removed:
+            self._put_out(participant)
 
     # -- deciding: what the state machine asks for becomes a head record ------------------------------------
 
     async def _advance(self, now: float) -> None:
         if self.round is None:
             live = self.registry.live(now)
-            if plan.enough(self.head, live, self.settings, now - self.began):
+            if self.head.wanted == "stop":
+                why = why_finished(self.head, self.settings, now)
+                await self._commit_progress(self.head.with_(closed=None, finished=why))
+            elif plan.enough(self.head, live, self.settings, now - self.began):
                 await self._commit_progress(
                     plan.opened(self.head, "train", live, self.settings, now).with_(closed=None)
                 )
@@ -278,10 +359,10 @@ class Term:
                 case Step.EXTEND:
                     self._note("round_extended", round=self.round.open.round, missing=self.round.missing)
                     live = self.registry.live(now)
-                    await self._reopen(self.round, self.round.extended(now, live, live))
+                    await self._reopen(self.round, self.head.with_(open=self.round.extended(now, live, live)))
                     await self._announce()
         if now >= self.refresh_at:
-            await self._commit(self.head)
+            await self._refresh()
 
     async def _close(self, closing: Round, now: float) -> None:
         """One record closes this round and opens the next."""
@@ -315,22 +396,36 @@ class Term:
             metrics |= await self.job.measure(self.model, self.around.on_notice)
         return record.with_(version=record.version + 1, model=where, previous=record.model, metrics=metrics)
 
-    async def _reopen(self, current: Round, opened: OpenRound) -> None:
+    async def _reopen(self, current: Round, record: HeadRecord) -> None:
         """Changes who is asked, or until when; what was accepted stays, for the record's offset stays too."""
-        await self._commit(self.head.with_(open=opened))
-        current.reopen(opened)
+        await self._commit(record)
+        current.reopen(record.open or current.open)
+        for participant in self.removed:
+            current.leave(participant)
 
     async def _commit_progress(self, record: HeadRecord) -> None:
-        """Commits all that was read and decided so far, then tells the history."""
+        """Commits all that was read and decided so far, and who is live."""
+        await self._commit_read(record.with_(members=tuple(self.registry.live(self.around.clock()))))
+
+    async def _commit_read(self, record: HeadRecord) -> None:
+        """Moves the offset to what comes next: what was decided is in the record. Then tells the history."""
         record = record.with_(
             updates_from=self.position,
-            members=tuple(self.registry.live(self.around.clock())),
             settled=self.ledger.settled,
             decided=tuple(self.ledger.decided),
+            obeyed=None,
         )
         await self._commit(record)
         self._start_round()
+        await self.intake.forget(self.head.removed)
         await self.archive.note(self.head)
+
+    async def _refresh(self) -> None:
+        """The same record again. Without an open round nothing needs to be read again: long waits stay cheap."""
+        if self.round is None:
+            await self._commit_read(self.head.with_(closed=None))
+        else:
+            await self._commit(self.head)
 
     async def _commit(self, record: HeadRecord) -> None:
         await commit(self.lead, record, self.blob)

@@ -6,6 +6,7 @@ import mmap
 import os
 import secrets
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import structlog
@@ -50,6 +51,7 @@ class Intake:
         self._settings = settings
         self._scratch = scratch
         self._read_to: dict[str, int] = {}
+        self._forgotten: set[str] = set()
 
     async def prepare(self, participant: str, update_bytes: int) -> None:
         """Makes sure that a participant with large updates has somewhere to put them."""
@@ -64,6 +66,14 @@ class Intake:
                 await self._writer.delete(self._topology.outbox(participant))
                 await self._writer.declare(*outbox)
             self._read_to[participant] = 0
+            self._forgotten.discard(participant)
+
+    async def forget(self, removed: Iterable[str]) -> None:
+        """Deletes the outboxes of the removed, once nothing that lies there may be read again."""
+        for participant in set(removed) - self._forgotten:
+            await self._writer.delete(self._topology.outbox(participant))
+            self._read_to.pop(participant, None)
+            self._forgotten.add(participant)
 
     async def arrays(self, update: UpdateReady, payload: memoryview, like: Arrays, most_bytes: int) -> Arrays:
         """The update's arrays: whole, genuine, and shaped like the model. Raises BadMessage."""

@@ -15,11 +15,16 @@ Live = Sequence[str]
 
 
 def enough(record: HeadRecord, live: Live, settings: RunSettings, waited_s: float) -> bool:
-    """Whether a round can open. If nobody was there yet, it waits for everybody expected, at most a deadline."""
+    """Whether a round can open: an operator may want that none does."""
+    return record.wanted == "run" and len(live) >= needed(record, settings, waited_s)
+
+
+def needed(record: HeadRecord, settings: RunSettings, waited_s: float) -> int:
+    """How many must live. If nobody was there yet, it waits for everybody expected, at most a deadline."""
     rounds = settings.round
     if not record.members and waited_s < rounds.deadline_s:
-        return len(live) >= rounds.participants
-    return len(live) >= max(1, rounds.quorum or rounds.target)
+        return rounds.participants
+    return max(1, rounds.quorum or rounds.target)
 
 
 def opened(

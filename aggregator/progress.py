@@ -30,6 +30,8 @@ def best_of(record: HeadRecord, metric: str) -> Best | None:
 def why_finished(record: HeadRecord, settings: RunSettings, now: float) -> str:
     """Why the run ends after the round that `record` closed and measured, or nothing."""
     stop = settings.stop
+    if record.wanted == "stop":
+        return "stopped by the operator"
     if stop.target_metric and _reached(stop.target_metric, record.metrics):
         return f"reached {stop.target_metric}"
     if record.round >= stop.rounds:

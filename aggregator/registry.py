@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from broker.messages import Phase
+
 
 class Registry:
     """Participants heard of within `liveness_s`. Times are Unix seconds of the aggregator's clock.
@@ -15,6 +17,7 @@ class Registry:
 
     def __init__(self, members: Iterable[str], now: float, liveness_s: float) -> None:
         self._heard = dict.fromkeys(members, now)
+        self._phases: dict[str, Phase] = {}
         self._liveness_s = liveness_s
 
     def hear(self, participant: str, now: float) -> bool:
@@ -23,8 +26,13 @@ class Registry:
         self._heard[participant] = now
         return not was_live
 
+    def note_phase(self, participant: str, phase: Phase) -> None:
+        """Remembers what a participant last said that it does."""
+        self._phases[participant] = phase
+
     def leave(self, participant: str) -> None:
         self._heard.pop(participant, None)
+        self._phases.pop(participant, None)
 
     def live(self, now: float) -> list[str]:
         """Everybody live, by name."""
@@ -33,6 +41,10 @@ class Registry:
     def last_heard(self) -> dict[str, float]:
         """When each participant was last heard of."""
         return dict(self._heard)
+
+    def phase(self, participant: str) -> Phase | None:
+        """What it last said that it does; None if it has not said anything yet."""
+        return self._phases.get(participant)
 
     def _is_live(self, heard: float | None, now: float) -> bool:
         return heard is not None and now - heard < self._liveness_s

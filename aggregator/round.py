@@ -88,6 +88,14 @@ class Round:
             self.failed.clear()
             self.left.clear()
         self.open, self._asked = opened, frozenset(opened.cohort)
+        self.failed &= self._asked
+        self.left &= self._asked
+
+    def without(self, participant: str) -> OpenRound:
+        """The round when one is not asked any more. What it delivered stays; a round is never nobody's."""
+        others = tuple(p for p in self.open.cohort if p != participant)
+        stays = participant in self.accepted or not others
+        return self.open if stays else self.open.model_copy(update={"cohort": others})
 
     def step(self, now: float) -> Step:
         """What is to be done at `now` (Unix seconds)."""

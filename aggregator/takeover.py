@@ -38,7 +38,7 @@ class Takeover:
         )
         if end < self._lead.record.updates_from:
             log.error("updates_stream_lost_its_tail", end=end, read_to=self._lead.record.updates_from)
-            await commit(self._lead, self._lead.record.with_(updates_from=end), blob)
+            await commit(self._lead, self._lead.record.with_(updates_from=end, obeyed=None), blob)
         return blob, end
 
     async def _mark_end(self) -> int:
@@ -83,6 +83,9 @@ class Takeover:
             closed=None,
             decided=(),
             members=(),
+            wanted="run",
+            removed=old.removed if old.run_id else first.removed,  # from the federation, not from one run
+            obeyed=None,
         )
         await commit(self._lead, first, blob)
         if old.model is not None and old.model.stream not in ("", where.stream):
@@ -106,6 +109,7 @@ class Takeover:
             )
         await self._archive.note(saved)  # it may have been killed between checkpoint and history
         blob = await self._archive.load(saved.model.sha256)
+        saved = saved.with_(wanted="run")  # whoever stopped it now wants it to go on
         over = why_finished(saved, self._job.settings, now) if saved.version else ""  # perhaps it may now go on
         return None if blob is None else (saved.with_(finished=over), blob)
 

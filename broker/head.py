@@ -72,11 +72,19 @@ class Best(Part):
     sha256: Sha256
 
 
+class Obeyed(Part):
+    """Controls that are in the record already and will be read again, and who was removed before the first."""
+
+    nonces: Annotated[tuple[Word, ...], Field(max_length=MAX_ITEMS)] = ()
+    removed: Annotated[tuple[Participant, ...], Field(max_length=MAX_ITEMS)] = ()
+
+
 class HeadRecord(Message):
     """The whole truth of a run: it is replaced as one message, so nothing in it can disagree.
 
     `settled` holds each participant's last decided task; `decided` what was decided since the record before.
-    The payload is the model, then the strategy's state, as far as they are inline.
+    `wanted` and `removed` are what operators said last. The payload is the model, then the strategy's state, as
+    far as they are inline.
     """
 
     kind: ClassVar[str] = "head"
@@ -100,6 +108,9 @@ class HeadRecord(Message):
     decided: Annotated[tuple[Decision, ...], Field(max_length=MAX_ITEMS)] = ()
     metrics: Metrics = {}
     best: Best | None = None
+    wanted: Literal["run", "pause", "stop"] = "run"
+    removed: Annotated[tuple[Participant, ...], Field(max_length=MAX_ITEMS)] = ()
+    obeyed: Obeyed | None = None  # since `updates_from`
     finished: Word = ""  # why the run ended; empty while it runs
 
     @property

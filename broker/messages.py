@@ -6,11 +6,11 @@ Unknown fields, wrong types, NaN and infinity are refused. `broker/wire.py` turn
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from broker.topology import FEDERATION, PARTICIPANT
+from broker.topology import FEDERATION, PARTICIPANT, RESERVED
 
 MAX_MODEL_BYTES = 1 << 40
 MAX_COUNT = 1 << 53  # integers that survive every language
@@ -32,6 +32,8 @@ Arrays = Literal["delta", "gradient", "none"]
 Verdict = Literal["counted", "late", "refused", "duplicate"]
 Fate = Literal["counted", "late", "refused", "missing"]
 Phase = Literal["idle", "training", "holding"]
+Command = Literal["pause", "resume", "stop", "remove", "admit"]
+ABOUT_ONE = ("remove", "admit")  # commands that name a participant
 
 
 class Part(BaseModel):
@@ -158,6 +160,31 @@ class Barrier(Message):
 
     kind: ClassVar[str] = "barrier"
     nonce: Word
+
+
+class Control(Message):
+    """What an operator wants. It lies in `updates` like everything else, so whoever leads obeys, in that order."""
+
+    kind: ClassVar[str] = "control"
+    command: Command
+    run_id: RunId | Literal[""] = ""  # empty: whichever is the current one
+    participant: Participant | Literal[""] = ""
+    nonce: Word
+
+    @model_validator(mode="after")
+    def _names_whom_it_is_about(self) -> Self:
+        if (self.command in ABOUT_ONE) != bool(self.participant) or self.participant in RESERVED:
+            raise ValueError(f"{self.command} {self.participant!r}: only {', '.join(ABOUT_ONE)} name a participant")
+        return self
+
+
+class Answer(Message):
+    """What the leader says to the operator whose Control has that nonce."""
+
+    kind: ClassVar[str] = "answer"
+    nonce: Word
+    done: bool
+    text: Text
 
 
 class Rejected(Message):

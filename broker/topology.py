@@ -4,12 +4,13 @@ For the federation `<f>` and the participant `<p>`:
 
 fl.<f>.head        queue    head records, one consumer at a time
 fl.<f>.up          exchange `<p>.<kind>`: what participants send
-fl.<f>.updates     stream   everything small that participants send; the leader reads it
+fl.<f>.updates     stream   everything small that participants send, and what operators want; the leader reads it
 fl.<f>.outbox.<p>  stream   chunks of one participant's large updates
 fl.<f>.model.<run> stream   chunks of global models
-fl.<f>.down        exchange `all` or `<p>`: TrainRound
+fl.<f>.down        exchange `all` or `<p>`: TrainRound; `operator`: Answer
 fl.<f>.inbox.<p>   queue    the newest TrainRound
 fl.<f>.rejected    queue    refused messages with the reason
+fl.<f>.operator.<nonce> queue the answer to one command
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ PARTICIPANT = r"[a-z0-9-]{1,40}"
 FEDERATION = r"[a-z0-9-]{1,40}"
 AGGREGATOR = "aggregator"  # the user name that every aggregator connects with
 EVERYONE = "all"
-RESERVED = (AGGREGATOR, EVERYONE)  # names that no participant may have
+OPERATOR = "operator"
+RESERVED = (AGGREGATOR, EVERYONE, OPERATOR)  # names that no participant may have
 DEFAULT_EXCHANGE = r"amq\.default"  # how permissions name the exchange ""
 MEBI = 1 << 20
 INBOX_EXPIRES_S = 14 * 24 * 3600.0
+OPERATOR_EXPIRES_S = 60.0  # of whoever was interrupted while it waited for the answer
 UP_KINDS = ("join", "heartbeat", "update", "failed", "leave")
 CHUNK = "chunk"
 
@@ -95,6 +98,9 @@ class Topology:
             )
         return self._name("inbox", participant)
 
+    def operator_inbox(self, nonce: str) -> str:
+        return self._name(OPERATOR, nonce)
+
     def aggregator_declarations(self) -> list[Declaration]:
         """What the aggregator needs before it can lead."""
         return [
@@ -114,6 +120,11 @@ class Topology:
             Binding(self.down, EVERYONE, inbox),
             Binding(self.down, participant, inbox),
         ]
+
+    def operator_declarations(self, nonce: str) -> list[Declaration]:
+        """What an operator's command needs to be answered."""
+        inbox = self.operator_inbox(nonce)
+        return [Queue(inbox, expires_s=OPERATOR_EXPIRES_S), Binding(self.down, OPERATOR, inbox)]
 
     def outbox_declarations(self, participant: str, update_bytes: int) -> list[Declaration]:
         """A stream that keeps at least three updates: whole segments go, so it is sized for five."""

@@ -17,8 +17,10 @@ from broker.errors import BadMessage
 from broker.head import HeadRecord
 from broker.messages import (
     MAX_ITEMS,
+    Answer,
     Barrier,
     Chunk,
+    Control,
     Heartbeat,
     Join,
     Leave,
@@ -38,7 +40,8 @@ MAX_HEADER_BYTES = 8 << 20
 KINDS: dict[str, type[Message]] = {
     m.kind: m
     for m in (
-        Join, Heartbeat, Leave, UpdateReady, TrainFailed, TrainRound, Chunk, Barrier, Rejected, HeadRecord,
+        Join, Heartbeat, Leave, UpdateReady, TrainFailed, TrainRound, Chunk, Barrier, Rejected, HeadRecord, Control,
+        Answer,
     )
 }  # fmt: skip
 

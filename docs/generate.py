@@ -147,7 +147,9 @@ def _types(_: str, meanings: Meanings) -> str:
 
 # -- messages ----------------------------------------------------------------------------------------------------
 
-PARTS: tuple[type[BaseModel], ...] = (messages.Where, head.OpenRound, head.Decision, head.ClosedRound, head.Best)
+PARTS: tuple[type[BaseModel], ...] = (
+    messages.Where, head.OpenRound, head.Decision, head.ClosedRound, head.Best, head.Obeyed,
+)  # fmt: skip
 RECORDS = {record.__name__: record for record in (*wire.KINDS.values(), *PARTS)}
 
 
@@ -206,6 +208,7 @@ def _topology(_: str, meanings: Meanings) -> str:
     declared: list[Declaration] = [
         *names.aggregator_declarations(),
         *names.inbox_declarations("p"),
+        *names.operator_declarations("nonce"),
         *names.outbox_declarations("p", MIB),
         *names.model_declarations("run", MIB),
     ]
@@ -224,8 +227,12 @@ def _kind(thing: Exchange | Queue | Stream) -> str:
     notes += ["single active consumer"] if thing.single_active_consumer else []
     notes += [f"delivery limit {thing.delivery_limit:,}"] if thing.delivery_limit else []
     notes += [f"length limit {thing.max_length:,}"] if thing.max_length else []
-    notes += [f"expires after {thing.expires_s / 86400:g} days unused"] if thing.expires_s else []
+    notes += [f"expires after {_lasting(thing.expires_s)} unused"] if thing.expires_s else []
     return ", ".join(notes)
+
+
+def _lasting(seconds: float) -> str:
+    return f"{seconds / 86400:g} days" if seconds >= 86400 else f"{seconds:g} seconds"
 
 
 def _bindings(thing: Exchange | Queue | Stream, bound: Sequence[Binding]) -> str:
@@ -237,7 +244,11 @@ def _bindings(thing: Exchange | Queue | Stream, bound: Sequence[Binding]) -> str
 def _public(name: str) -> str:
     """`fl.f.inbox.p` with its variable parts marked."""
     marked = re.sub(r"^fl\.f\b", "fl.<f>", name)
-    return re.sub(r"(?<=\.)p$|^p(?=\.|$)", "<p>", marked).replace("model.run", "model.<run>")
+    return (
+        re.sub(r"(?<=\.)p$|^p(?=\.|$)", "<p>", marked)
+        .replace("model.run", "model.<run>")
+        .replace("operator.nonce", "operator.<nonce>")
+    )
 
 
 # -- settings ----------------------------------------------------------------------------------------------------

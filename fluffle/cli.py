@@ -13,6 +13,7 @@ import click
 
 from broker.errors import ConfigError
 from fluffle.command import Asked, Cli, check_target, configurable, emit, json_option
+from fluffle.control_commands import COMMANDS
 from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS
 from fluffle.run_commands import aggregator, initial, worker
 
@@ -40,10 +41,6 @@ def cli(debug: bool) -> None:  # noqa: ARG001, FBT001 - read by Cli.invoke
     from fluffle.logs import configure_logs
 
     configure_logs("warning")
-
-
-for command in (aggregator, worker, initial):
-    cli.add_command(command)
 
 
 @cli.command()
@@ -271,6 +268,10 @@ def fetch(name: str) -> None:  # noqa: ARG001 - the only one there is
     from workers.data import fetch_mnist
 
     fetch_mnist(progress=lambda line: click.echo(line, err=True))
+
+
+for _command in (aggregator, worker, initial, *COMMANDS):
+    cli.add_command(_command)
 
 
 def open_model(model: str, task: str | None) -> tuple[Arrays, TaskDefinition]:

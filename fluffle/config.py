@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 from aggregator.settings import (
     BrokerSettings,
     EvaluationSettings,
+    HttpSettings,
     RoundSettings,
     RunSettings,
     StopSettings,
@@ -148,6 +149,7 @@ class Config(Part):
     run: RunSection = RunSection()
     data: DataSection = DataSection()
     broker: BrokerSection = BrokerSection()
+    http: HttpSettings = HttpSettings()
     round: RoundSettings = RoundSettings()
     stop: StopSettings = StopSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

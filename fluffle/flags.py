@@ -33,6 +33,7 @@ COMMON_FLAGS = (
 BROKER_FLAGS = tuple(flag for flag in FEDERATION_FLAGS if flag.setting in ("broker.url", "broker.secrets"))
 AGGREGATOR_FLAGS = (
     *BROKER_FLAGS,
+    Flag("--http", "http.listen", "HOST:PORT", "Where it tells its status; empty: nowhere."),
     Flag("--run-dir", "run.dir", "DIR", "Where everything of this run is kept.  [default: runs/RUN_ID]"),
 )
 SITE_FLAGS = (
@@ -43,4 +44,7 @@ SITE_FLAGS = (
     Flag("--data", "site.data", "WHAT", "`share` of the task's data, `all` of it, or where it is."),
     Flag("--journal", "site.journal", "DIR", "Directory of this worker alone.  [default: journals/...]"),
 )
-FLAGS = (*FEDERATION_FLAGS, *COMMON_FLAGS, *SITE_FLAGS)
+OPERATOR_FLAGS = tuple(
+    flag for flag in SITE_FLAGS if flag.setting in ("broker.url", "broker.secrets", "broker.federation")
+)
+FLAGS = (*FEDERATION_FLAGS, *COMMON_FLAGS, *AGGREGATOR_FLAGS, *SITE_FLAGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
+from aggregator import endpoint
 from aggregator.daemon import Aggregator
 from aggregator.job import Job, Surroundings
 from broker.head import HeadRecord
@@ -17,20 +18,22 @@ from fluffle.signals import Terminated, on_signal
 async def serve(config: Config, job: Job, broker: Broker, display: Display) -> HeadRecord:
     """Leads the run, or stands by until it must; returns its last record. Raises Terminated after SIGTERM."""
     around = Surroundings(on_report=display.on_report, on_notice=partial(notice, display))
-    running = asyncio.ensure_future(Aggregator(job, broker, config.run_dir, around).run())
+    aggregator = Aggregator(job, broker, config.run_dir, around)
+    running = asyncio.ensure_future(aggregator.run())
     terminated = asyncio.Event()
 
     def terminate() -> None:
         terminated.set()
         running.cancel()
 
-    with on_signal(terminate):
-        try:
-            return await running
-        except asyncio.CancelledError:
-            if terminated.is_set():
-                raise Terminated from None
-            raise
+    async with endpoint.serve(config.http, lambda: aggregator.status(around.clock())):
+        with on_signal(terminate):
+            try:
+                return await running
+            except asyncio.CancelledError:
+                if terminated.is_set():
+                    raise Terminated from None
+                raise
 
 
 def wall_s(record: HeadRecord) -> float:

@@ -166,7 +166,7 @@ def test_every_setting_is_documented() -> None:
 
 def test_every_message_and_field_is_documented() -> None:
     page = (DOCS / "wire-format.md").read_text("utf-8")
-    parts = (messages.Where, head.OpenRound, head.Decision, head.ClosedRound, head.Best)
+    parts = (messages.Where, head.OpenRound, head.Decision, head.ClosedRound, head.Best, head.Obeyed)
     for record in (*wire.KINDS.values(), *parts):
         section = re.search(rf"<!-- generated: message {record.__name__} -->(.*?)<!-- end -->", page, re.DOTALL)
         assert section, record.__name__

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.errors import BadMessage
-from broker.head import Best, ClosedRound, Decision, HeadRecord, OpenRound
+from broker.head import Best, ClosedRound, Decision, HeadRecord, Obeyed, OpenRound
 from broker.messages import (
     MAX_COUNT,
     MAX_ITEMS,
+    Answer,
     Barrier,
     Chunk,
+    Control,
     Heartbeat,
     Join,
     Leave,
@@ -144,6 +146,9 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
     ),
     Chunk: st.builds(Chunk, of=SHA256, index=st.integers(0, MAX_ITEMS - 1), crc32=st.integers(0, (1 << 32) - 1)),
     Barrier: st.builds(Barrier, nonce=TEXT),
+    Control: st.builds(Control, command=st.sampled_from(["pause", "resume", "stop"]), run_id=RUN, nonce=TEXT)
+    | st.builds(Control, command=st.sampled_from(["remove", "admit"]), participant=PARTICIPANT, nonce=TEXT),
+    Answer: st.builds(Answer, nonce=TEXT, done=st.booleans(), text=TEXT),
     Rejected: st.builds(Rejected, offset=COUNT, participant=TEXT, reason=TEXT),
     HeadRecord: st.builds(
         HeadRecord,
@@ -167,6 +172,9 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
         decided=st.lists(DECISION, max_size=3).map(tuple),
         metrics=METRICS,
         best=st.none() | st.builds(Best, version=COUNT, round=COUNT, value=FLOATS, sha256=SHA256),
+        wanted=st.sampled_from(["run", "pause", "stop"]),
+        removed=COHORT,
+        obeyed=st.none() | st.builds(Obeyed, nonces=st.lists(TEXT, max_size=3).map(tuple), removed=COHORT),
         finished=TEXT,
     ),
 }

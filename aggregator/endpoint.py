@@ -1,0 +1,94 @@
+"""Where an aggregator tells its status over HTTP: read-only, and never a reason for the run to fail.
+
+A standby on the leader's machine finds the address in use: it says so, and tries again until it is free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+import structlog
+from aiohttp import web
+
+from aggregator.settings import HttpSettings
+from aggregator.status import RunStatus
+from broker.retry import Backoff
+
+log = structlog.get_logger(__name__)
+
+FAREWELL_S = 1.0  # for requests that are being answered when it ends
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """`address` is host and port once `listening` is set."""
+
+    address: tuple[str, int] = ("", 0)
+    listening: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@asynccontextmanager
+async def serve(settings: HttpSettings, status: Callable[[], RunStatus]) -> AsyncIterator[Endpoint]:
+    """Answers until the block ends, from the moment on that the address is free. `listen` "" serves nothing."""
+    endpoint = Endpoint()
+    if not settings.listen:
+        yield endpoint
+        return
+    runner = web.AppRunner(application(status), access_log=None, shutdown_timeout=FAREWELL_S)
+    await runner.setup()
+    listening = asyncio.create_task(_listen(runner, settings, endpoint), name="http")
+    try:
+        yield endpoint
+    finally:
+        listening.cancel()
+        with suppress(asyncio.CancelledError):
+            await listening
+        await runner.cleanup()
+
+
+def application(status: Callable[[], RunStatus]) -> web.Application:
+    """The three pages; every other path or method is refused."""
+
+    async def tell(_: web.Request) -> web.Response:
+        return web.Response(text=status().model_dump_json(), content_type="application/json")
+
+    async def healthy(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def ready(_: web.Request) -> web.Response:
+        now = status()
+        connected = now.role != "connecting"
+        return web.Response(status=200 if connected else 503, text=f"{now.role}: waits for {now.waits_for}\n")
+
+    app = web.Application()
+    for path, handler in (("/status", tell), ("/healthz", healthy), ("/readyz", ready)):
+        app.router.add_get(path, handler, allow_head=False)
+    return app
+
+
+async def _listen(runner: web.AppRunner, settings: HttpSettings, endpoint: Endpoint) -> None:
+    backoff = Backoff(longest_s=10.0)
+    while True:
+        if await _bound(runner, *settings.address):
+            break
+        await asyncio.sleep(backoff.next_s())
+    host, port = runner.addresses[0][:2]
+    endpoint.address = (host, port)
+    endpoint.listening.set()
+    log.info("http_listening", host=host, port=port)
+
+
+async def _bound(runner: web.AppRunner, host: str, port: int) -> bool:
+    site = web.TCPSite(runner, host, port)
+    try:
+        await site.start()
+    except OSError as error:
+        event = "http_address_in_use" if error.errno == errno.EADDRINUSE else "http_cannot_listen"
+        log.warning(event, host=host, port=port, reason=error.strerror or str(error))
+        await site.stop()
+        return False
+    return True
