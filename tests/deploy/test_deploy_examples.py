@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command_lines import DEPLOY, await_settings, load, unknown_settings
+from command_lines import DEPLOY, load, unknown_settings
 
 from fluffle.config import from_values, load_config
 from fluffle.layers import from_toml
@@ -40,6 +40,5 @@ def test_machines_that_sleep_are_asked_in_plenty() -> None:
 
 
 def test_a_site_has_settings_that_exist() -> None:
-    await_settings(EXAMPLES / "site.toml")
     assert not unknown_settings(EXAMPLES / "site.toml")
     load_config(from_values({"task": "digits"}), from_toml(EXAMPLES / "site.toml"))
