@@ -30,21 +30,19 @@ from aiormq.exceptions import (
 )
 from yarl import URL
 
+from broker.definitions import Arguments, arguments_of
 from broker.errors import AccessRefused, ConfigError, ConnectionLost, PublishFailed, TransportError, Unroutable
 from broker.inbox import WaitingInbox
 from broker.transport import Binding, Declaration, Delivery, Exchange, Inbox, Queue, Stream, StreamOffset
 
 OLDEST_VERSION = (3, 10)  # the first whose streams and quorum queues do what is asked of them here
 PERSISTENT = 2
-# A quorum queue without a limit puts what comes back behind all the others; RabbitMQ 4 gives up after 20 times.
-NO_DELIVERY_LIMIT = 1_000_000
 CLOSE_S = 5.0  # for the farewell; after that the broker finds out by itself
 RETRY_S = 0.5  # between attempts to reach a queue that a restarted broker has not found yet
 
 REFUSED = (AMQPError, ChannelInvalidStateError, TimeoutError)  # what a request that failed raises, if not lost
 
 Result = TypeVar("Result")
-Arguments = dict[str, Any]  # of AMQP: strings, numbers, booleans
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,31 +268,7 @@ async def _declare(channel: AbstractChannel, thing: Declaration) -> None:
         case Binding():
             await channel.queue_bind(thing.destination, thing.exchange, thing.pattern)
         case Queue() | Stream():
-            arguments = queue_arguments(thing) if isinstance(thing, Queue) else stream_arguments(thing)
-            await channel.queue_declare(thing.name, durable=True, arguments=arguments)
-
-
-def queue_arguments(queue: Queue) -> Arguments:
-    arguments: Arguments = {"x-queue-type": "quorum" if queue.replicated else "classic"}
-    if queue.single_active_consumer:
-        arguments["x-single-active-consumer"] = True
-    if queue.replicated:
-        arguments["x-delivery-limit"] = NO_DELIVERY_LIMIT
-    if queue.delivery_limit is not None:
-        arguments["x-delivery-limit"] = queue.delivery_limit
-    if queue.max_length is not None:
-        arguments |= {"x-max-length": queue.max_length, "x-overflow": "drop-head"}
-    if queue.expires_s is not None:
-        arguments["x-expires"] = round(1000 * queue.expires_s)
-    return arguments
-
-
-def stream_arguments(stream: Stream) -> Arguments:
-    return {
-        "x-queue-type": "stream",
-        "x-max-length-bytes": stream.max_bytes,
-        "x-stream-max-segment-size-bytes": stream.segment_bytes,
-    }
+            await channel.queue_declare(thing.name, durable=True, arguments=arguments_of(thing))
 
 
 class _Inbox(WaitingInbox):

@@ -361,6 +361,7 @@ async def test_the_broker_lets_nobody_speak_as_another_or_read_what_is_not_for_i
         for forbidden in (
             lambda: me.publish(TOPOLOGY.up, "p01.update", frame),
             lambda: me.publish(TOPOLOGY.up, "p01.chunk", frame),
+            lambda: me.publish(TOPOLOGY.chunks("p01"), "p01.chunk", frame),
             lambda: me.publish(TOPOLOGY.down, "all", frame),
             lambda: me.publish("", TOPOLOGY.updates, frame),
             lambda: me.publish("", TOPOLOGY.head, encode(HeadRecord(epoch=99))),
