@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import aio_pika
 import aiormq
 from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
 from aiormq.exceptions import (
@@ -32,6 +33,7 @@ from yarl import URL
 
 from broker.definitions import Arguments, arguments_of
 from broker.errors import AccessRefused, ConfigError, ConnectionLost, PublishFailed, TransportError, Unroutable
+from broker.fitness import Facts
 from broker.inbox import WaitingInbox
 from broker.transport import Binding, Declaration, Delivery, Exchange, Inbox, Queue, Stream, StreamOffset
 
@@ -92,6 +94,13 @@ class RabbitBroker:
             await connection.close()
             raise
         return RabbitTransport(connection, user, name, self._settings)
+
+    async def probe(self, user: str) -> RabbitProbe:
+        """A connection of its own for `fluffle broker check`. Raises as `connect` does."""
+        await (await self.connect(user, purpose="check")).close()  # for its words, if that fails
+        address, name = self._address(user), f"{user} probe"
+        connection = await aio_pika.connect(address, client_properties={"connection_name": name})
+        return RabbitProbe(connection, self._settings)
 
     def _address(self, user: str) -> URL:
         url = self._url.update_query(heartbeat=self._settings.heartbeat_s)
@@ -417,3 +426,62 @@ def _read_outcome(task: asyncio.Future[Any]) -> None:
     """Lest asyncio complain that nobody did."""
     if not task.cancelled():
         task.exception()
+
+
+class RabbitProbe:
+    """What `fluffle broker check` asks beyond the seam. Every question has a channel of its own."""
+
+    def __init__(self, connection: aio_pika.abc.AbstractConnection, settings: RabbitSettings) -> None:
+        self._connection = connection
+        self._settings = settings
+
+    @property
+    def facts(self) -> Facts:
+        """What the broker said when the connection was made."""
+        assert self._connection.transport is not None, "it is connected"
+        amqp = self._connection.transport.connection
+        told, tune = amqp.server_properties, amqp.connection_tune
+        return Facts(
+            str(told.get("product")), str(told.get("version")), self._settings.heartbeat_s,
+            tune.heartbeat or 0, tune.frame_max or 0, tune.channel_max or 0,
+        )  # fmt: skip
+
+    async def find_queue(self, name: str) -> None:
+        """Raises TransportError unless there is such a queue or stream, and it can be reached."""
+        await self._ask(lambda channel: channel.declare_queue(name, passive=True))
+
+    async def find_exchange(self, name: str) -> None:
+        """Raises TransportError unless there is such an exchange."""
+        await self._ask(lambda channel: channel.declare_exchange(name, passive=True))
+
+    async def publish_as(self, user: str, exchange: str, key: str) -> None:
+        """Publishes a message in the name of that user."""
+
+        async def publish(channel: aio_pika.abc.AbstractChannel) -> None:
+            target = await channel.get_exchange(exchange, ensure=False)
+            await target.publish(aio_pika.Message(b"", user_id=user), key)
+
+        await self._ask(publish)
+
+    async def delete_exchange(self, name: str) -> None:
+        """Deletes an exchange; it need not exist."""
+        await self._ask(lambda channel: channel.exchange_delete(name))
+
+    async def close(self) -> None:
+        with suppress(Exception):  # it is lost for us, whatever the broker makes of it
+            async with asyncio.timeout(CLOSE_S):
+                await self._connection.close()
+
+    async def _ask(self, question: Callable[[aio_pika.abc.AbstractChannel], Awaitable[object]]) -> None:
+        try:
+            async with asyncio.timeout(self._settings.patience_s):
+                channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+                try:
+                    await question(channel)
+                finally:
+                    await channel.close()
+        except PublishError as error:
+            raise Unroutable(f"nothing takes it: {_text(error)}") from error
+        except REFUSED as error:
+            kind = AccessRefused if _tells(error, "ACCESS_REFUSED") else TransportError
+            raise kind(_text(error)) from error

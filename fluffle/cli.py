@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from broker.errors import ConfigError, FluffleError, StateError, first_known
+from fluffle.broker_commands import broker_group
 from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS, Flag
 
 if TYPE_CHECKING:
@@ -438,6 +439,9 @@ def emit(result: Mapping[str, Any], text: str, json_target: str | None) -> None:
         Path(json_target).write_text(line, "utf-8")
     except OSError as error:
         raise ConfigError(f"--json {json_target}: cannot be written: {error.strerror or error}") from None
+
+
+cli.add_command(broker_group)
 
 
 def main() -> None:

@@ -37,6 +37,8 @@ SERVER = PROGRAMS / "rabbitmq-server"
 READY_S = 120.0
 FEDERATIONS = [f"t-{number:03}" for number in range(150)]
 SET_UP = "set-up"  # this one is there when the node has booted
+FOREIGN = "foreign"  # p-1 takes no part in this one
+OPERATOR = "operator"  # may do everything
 PARTICIPANTS = ["p-1", "p-2", "p01", "p02", "p03", "p04"]
 HOSTNAME = "localhost"
 
@@ -174,8 +176,20 @@ def answers(port: int) -> bool:
 def node_definitions() -> Document:
     """Users with their rights in every federation, and everything of the one that is set up whole."""
     federations = [Enrolment(Topology(name), tuple(PARTICIPANTS)) for name in (*FEDERATIONS, SET_UP)]
-    hashes = {user: password_hash(password(user), b"salt") for user in (AGGREGATOR, *PARTICIPANTS)}
-    return merged(access_definitions(federations, hashes), thing_definitions(federations[-1]))
+    foreign = Enrolment(Topology(FOREIGN), ("p-2",))
+    users = (AGGREGATOR, *PARTICIPANTS)
+    hashes = {user: password_hash(password(user), b"salt") for user in (*users, OPERATOR)}
+    return merged(
+        access_definitions([*federations, foreign], hashes), thing_definitions(federations[-1]), operator(hashes)
+    )
+
+
+def operator(hashes: dict[str, str]) -> Document:
+    """Somebody with more rights than anybody should have."""
+    everything = {"configure": ".*", "write": ".*", "read": ".*"}
+    user = {"name": OPERATOR, "password_hash": hashes[OPERATOR], "tags": "administrator,impersonator"}
+    hashing = {"hashing_algorithm": "rabbit_password_hashing_sha256"}
+    return {"users": [user | hashing], "permissions": [{"user": OPERATOR, "vhost": "/", **everything}]}
 
 
 if __name__ == "__main__":
