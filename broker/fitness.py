@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from broker.errors import ConnectionLost, FluffleError, TransportError, Unroutable
+from broker.errors import AccessRefused, ConnectionLost, FluffleError, TransportError, Unroutable
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Binding, Declaration, Delivery, Exchange, Inbox, Queue, Stream, Transport
 from broker.wire import MAX_FRAME_BYTES
@@ -36,8 +36,7 @@ class Facts:
 
     product: str
     version: str
-    heartbeat_s: int  # what was asked for
-    offered_heartbeat_s: int
+    heartbeat_s: int
     frame_max: int
     channel_max: int
 
@@ -84,11 +83,15 @@ class Bench:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """`run` returns a finding that is fine, and raises one that is not: _Doubt, or an error."""
+    """`run` returns a finding that is fine, and raises one that is not: _Doubt, or an error.
+
+    It is not tried unless the check that it `needs` was fine.
+    """
 
     name: str
     remedy: str
     run: Callable[[Bench], Awaitable[str]]
+    needs: str = ""
 
 
 class _Doubt(Exception):
@@ -102,7 +105,13 @@ class _Doubt(Exception):
 async def examine(bench: Bench) -> list[Finding]:
     """All checks for this user, one after the other."""
     checks = AGGREGATOR_CHECKS if bench.transport.user == AGGREGATOR else PARTICIPANT_CHECKS
-    return [await _tried(check, bench) for check in checks]
+    findings: dict[str, Finding] = {}
+    for check in checks:
+        if check.needs and findings[check.needs].level != "ok":
+            findings[check.name] = Finding(check.name, "warning", f"not tried: needs {check.needs!r} to be ok")
+        else:
+            findings[check.name] = await _tried(check, bench)
+    return list(findings.values())
 
 
 async def _tried(check: Check, bench: Bench) -> Finding:
@@ -110,6 +119,8 @@ async def _tried(check: Check, bench: Bench) -> Finding:
         return Finding(check.name, "ok", await check.run(bench))
     except _Doubt as doubt:
         return Finding(check.name, "warning", str(doubt), doubt.remedy or check.remedy)
+    except AccessRefused as error:
+        return Finding(check.name, "failed", str(error), RIGHTS)
     except FluffleError as error:
         return Finding(check.name, "failed", str(error), check.remedy)
 
@@ -129,10 +140,7 @@ async def _version(bench: Bench) -> str:
 async def _tuning(bench: Bench) -> str:
     facts = bench.probe.facts
     channels = f"{facts.channel_max} channels" if facts.channel_max else "any number of channels"
-    found = (
-        f"heartbeat every {facts.heartbeat_s} s (the broker offered {facts.offered_heartbeat_s}), "
-        f"frames up to {facts.frame_max} bytes, {channels}"
-    )
+    found = f"heartbeat every {facts.heartbeat_s} s, frames up to {facts.frame_max} bytes, {channels}"
     if 0 < facts.channel_max < ENOUGH_CHANNELS:
         raise _Doubt(f"{found}: few channels")
     return found
@@ -222,6 +230,10 @@ async def _federation(bench: Bench) -> str:
     things = bench.topology.aggregator_declarations()
     await _find(bench, things)
     await bench.transport.declare(*things)
+    try:  # of a quorum queue that lost its home only this tells; whoever leads is not disturbed
+        await _open_and_close(bench.transport.consume(bench.topology.head, prefetch=1))
+    except TransportError as error:
+        raise TransportError(f"{bench.topology.head}: {error}") from error
     return f"{bench.topology.federation!r} is set up"
 
 
@@ -246,7 +258,7 @@ async def _find(bench: Bench, things: Sequence[Declaration]) -> None:
                 raise TransportError(f"{thing.name}: {error}") from error
             missing.append(thing.name)
     if missing:
-        raise _Doubt(f"missing: {', '.join(missing)}")
+        raise _Doubt(f"missing: {', '.join(missing)}", SET_UP)
 
 
 async def _inbox(bench: Bench) -> str:
@@ -354,33 +366,35 @@ async def _next(inbox: Inbox) -> Delivery:
 
 RIGHTS = "load the output of `fluffle broker definitions` for this federation, which gives exactly its rights"
 SET_UP = (
-    "run `fluffle broker setup`, or load the output of `fluffle broker definitions`; if a home is down for good "
-    "(RabbitMQ 3.10, killed soon after they were declared), delete what it names with `rabbitmqctl delete_queue`, "
-    "and set up again"
+    "run `fluffle broker setup`, or load the output of `fluffle broker definitions`; the aggregator does it, too"
 )
+REPLACE = (
+    "if it stays so for minutes after the broker was started, delete the queue (what it holds is lost) with "
+    "`rabbitmqctl delete_queue NAME`, or, if that does not find it, with `rabbitmqctl eval "
+    '\'rabbit_amqqueue:internal_delete(rabbit_misc:r(<<"VHOST">>, queue, <<"NAME">>), <<"me">>).\'`; then run '
+    "`fluffle broker setup`"
+)
+SIZE = f"set max_message_size in rabbitmq.conf to {16 * MEBI} or more"
+NAMES = "take the tag `impersonator` from this user: `rabbitmqctl set_user_tags NAME`"
 BROKER_CHECKS = (
     Check("version", "use RabbitMQ 3.10 or newer", _version),
     Check("tuning", f"set channel_max to at least {ENOUGH_CHANNELS} in rabbitmq.conf", _tuning),
 )
 AGGREGATOR_CHECKS = (
     *BROKER_CHECKS,
-    Check(
-        "quorum queue",
-        f"{RIGHTS}; if it was slow, look at the broker's disk, memory and the majority of its cluster",
-        _quorum_queue,
-    ),
-    Check("stream", f"{RIGHTS}; if the broker has no streams: enable the feature flag stream_queue", _stream),
-    Check("routing", RIGHTS, _routing),
-    Check("largest message", f"set max_message_size in rabbitmq.conf to {16 * MEBI} or more", _largest_message),
-    Check("names", "take the tag `impersonator` from this user", _verified_names),
-    Check("federation", SET_UP, _federation),
+    Check("quorum queue", "look at the broker's disk, memory and the majority of its cluster", _quorum_queue),
+    Check("stream", "enable the feature flag stream_queue; look at the broker's disk and memory", _stream),
+    Check("routing", "look at the broker's log", _routing),
+    Check("largest message", SIZE, _largest_message),
+    Check("names", NAMES, _verified_names),
+    Check("federation", REPLACE, _federation),
     Check("rights", RIGHTS, _only_this_federation),
 )
 PARTICIPANT_CHECKS = (
     *BROKER_CHECKS,
-    Check("federation", SET_UP, _federation_for_participant),
-    Check("inbox", RIGHTS, _inbox),
-    Check("publishing", f"{RIGHTS}; set max_message_size in rabbitmq.conf to {16 * MEBI} or more", _speaking),
-    Check("names", "take the tag `impersonator` from this user", _own_name),
+    Check("federation", REPLACE, _federation_for_participant),
+    Check("inbox", REPLACE, _inbox, needs="federation"),
+    Check("publishing", SIZE, _speaking, needs="federation"),
+    Check("names", NAMES, _own_name, needs="federation"),
     Check("rights", RIGHTS, _nothing_else),
 )

@@ -443,7 +443,7 @@ class RabbitProbe:
         told, tune = amqp.server_properties, amqp.connection_tune
         return Facts(
             str(told.get("product")), str(told.get("version")), self._settings.heartbeat_s,
-            tune.heartbeat or 0, tune.frame_max or 0, tune.channel_max or 0,
+            tune.frame_max or 0, tune.channel_max or 0,
         )  # fmt: skip
 
     async def find_queue(self, name: str) -> None:

@@ -129,9 +129,15 @@ class Node:
         One that was declared later than that is lost to a kill -9, whatever it held: publishes to it are never
         confirmed, and declaring it again says for ever that its home node is down.
         """
-        sync = "[ok = dets:sync(Table) || Table <- dets:all()]."
-        command = [str(PROGRAMS / "rabbitmqctl"), "eval", sync]
-        subprocess.run(command, env=self.environment, cwd=self.directory, check=True, capture_output=True)
+        assert self.control("eval", "[ok = dets:sync(Table) || Table <- dets:all()].")
+
+    def control(self, *arguments: str) -> bool:
+        """Runs rabbitmqctl; whether that succeeded."""
+        command = [str(PROGRAMS / "rabbitmqctl"), *arguments]
+        done = subprocess.run(
+            command, env=self.environment, cwd=self.directory, check=False, capture_output=True, timeout=READY_S
+        )
+        return done.returncode == 0
 
     def kill(self) -> None:
         """kill -9: no farewell to anybody, nothing flushed."""
