@@ -23,6 +23,7 @@ from fluffle.layers import from_toml
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# (?P<name>[\w.]+\.(py|toml))\n")
+NEEDS_MORE = ("fetch", "setup", "check")  # the network, or a RabbitMQ
 TRAINING = ("simulate", "central", "local")
 FEWER = 20  # times fewer rounds than the page says
 
@@ -86,8 +87,8 @@ def _bash(block: Block) -> None:
 
 def _fluffle(arguments: list[str], environment: dict[str, str], place: str) -> None:
     context = parsed(arguments)
-    if context.info_name == "fetch":
-        return  # would need the network
+    if context.info_name in NEEDS_MORE:
+        return
     shorter = shortened(arguments) if context.info_name in TRAINING else arguments
     outcome = CliRunner().invoke(cli, shorter, env=environment, prog_name="fluffle")
     assert outcome.exit_code == 0, f"{place}\n{outcome.output}"
@@ -118,6 +119,14 @@ def _reads_files(arguments: list[str], _: dict[str, str], place: str) -> None:
     assert all(Path(name).is_file() for name in arguments), place
 
 
+def _rabbitmqctl(arguments: list[str], _: dict[str, str], place: str) -> None:
+    """Not run: it works on a broker that pages do not have. `tests/integration` uses what pages tell."""
+    known = {"import_definitions": 1, "delete_user": 1, "delete_queue": 1, "close_all_user_connections": 2}
+    assert known.get(arguments[0]) == len(arguments) - 1, place
+    if arguments[0] == "import_definitions":
+        _reads_files(arguments[1:], {}, place)
+
+
 LANGUAGES: dict[str, Callable[[Block], None]] = {
     "python": _python,
     "toml": _toml,
@@ -128,5 +137,6 @@ LANGUAGES: dict[str, Callable[[Block], None]] = {
 COMMANDS: dict[str, Callable[[list[str], dict[str, str], str], None]] = {
     "fluffle": _fluffle,
     "make": _make,
+    "rabbitmqctl": _rabbitmqctl,
     "sha256sum": _reads_files,
 }
