@@ -96,10 +96,13 @@ class RabbitBroker:
         return RabbitTransport(connection, user, name, self._settings)
 
     async def probe(self, user: str) -> RabbitProbe:
-        """A connection of its own for `fluffle broker check`. Raises as `connect` does."""
-        await (await self.connect(user, purpose="check")).close()  # for its words, if that fails
+        """A connection of its own for `fluffle broker check`. Raises ConnectionLost."""
         address, name = self._address(user), f"{user} probe"
-        connection = await aio_pika.connect(address, client_properties={"connection_name": name})
+        try:
+            async with asyncio.timeout(self._settings.patience_s):
+                connection = await aio_pika.connect(address, client_properties={"connection_name": name})
+        except (AMQPError, OSError, TimeoutError, EOFError) as error:
+            raise ConnectionLost(f"{name}: cannot connect once more ({_text(error)}): try again") from error
         return RabbitProbe(connection, self._settings)
 
     def _address(self, user: str) -> URL:

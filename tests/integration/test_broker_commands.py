@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import tempfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,22 @@ def test_a_user_with_too_many_rights_is_found(rabbit: Rabbit, topology: Topology
     assert "impersonator" in found["names"]["remedy"]
 
 
+async def test_a_participant_is_checked_while_its_worker_runs(rabbit: Rabbit, topology: Topology) -> None:
+    """It has so many connections and no more."""
+    aggregator = await rabbit.broker().connect(AGGREGATOR, purpose="test")
+    await aggregator.declare(*topology.aggregator_declarations())
+    worker = [await rabbit.broker().connect("p04", purpose="work") for _ in range(2)]
+    await worker[0].declare(*topology.inbox_declarations("p04"))
+    inbox = await worker[0].consume(topology.inbox("p04"), prefetch=1)
+    bench = await bench_of(rabbit, topology, "p04")
+    assert {finding.level for finding in await examine(bench)} == {"ok"}
+    await aggregator.publish(topology.down, "p04", b"still there")
+    assert await inbox.get(10)
+    for transport in (aggregator, *worker, bench.transport):
+        await transport.close()
+    await bench.probe.close()
+
+
 def test_a_wrong_password_fails_and_is_not_shown(rabbit: Rabbit, topology: Topology) -> None:
     url = rabbit.url.with_user(AGGREGATOR).with_password("wrong-one")
     outcome, found = check(url, topology)
@@ -221,3 +238,49 @@ def follow(remedy: str, node: Node, *names: str) -> None:
     for name in names:
         expression = evaluated[1].replace("VHOST", "/").replace("NAME", name)
         assert node.control("delete_queue", name) or node.control("eval", expression)
+
+
+class TestDefinitions:
+    def test_the_three_ways_to_name_participants_are_one(self, tmp_path: Path) -> None:
+        listed = tmp_path / "names.txt"
+        listed.write_text("# hospitals\np01\n\n  p02  \n")
+        documents = []
+        for way in (("--participants", "p01, p02"), ("--participants-file", listed), ("--count", 2)):
+            outcome = fluffle("broker", "definitions", *way, "--secrets", tmp_path / "secrets.toml")
+            assert outcome.exit_code == 0, outcome.output
+            document = json.loads(outcome.stdout)
+            for user in document["users"]:
+                assert user.pop("password_hash")
+            documents.append(document)
+        assert documents[0] == documents[1] == documents[2]
+
+    def test_it_says_how_to_load_it_and_shows_no_password(self, tmp_path: Path) -> None:
+        out, secrets = tmp_path / "definitions.json", tmp_path / "secrets.toml"
+        outcome = fluffle(
+            "broker", "definitions", "--count", 1, "--secrets", secrets, "--out", out, "--vhost", "fed"
+        )
+        assert outcome.stdout == ""
+        assert f"rabbitmqctl import_definitions {out}" in outcome.stderr
+        assert f"load_definitions = {out}" in outcome.stderr
+        assert json.loads(out.read_text())["vhosts"] == [{"name": "fed"}]
+        for made in tomllib.loads(secrets.read_text()).values():
+            assert made not in outcome.output + out.read_text()
+
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [
+            ((), "name the participants"),
+            (("--count", 2, "--participants", "p01"), "name the participants"),
+            (("--participants", ","), "names nobody"),
+            (("--participants", "P01"), "'P01' is not a valid name"),
+            (("--participants", "aggregator"), "'aggregator' is not a valid name"),
+            (("--participants", "p01,p01"), "once"),
+            (("--count", 1, "--federation", "A b"), "'A b' is not a valid name"),
+            (("--count", 1, "--out", "nowhere/at/all"), "--out nowhere/at/all"),
+        ],
+    )
+    def test_misuse_is_told_in_one_line(self, tmp_path: Path, arguments: tuple[object, ...], reason: str) -> None:
+        outcome = fluffle("broker", "definitions", "--secrets", tmp_path / "secrets.toml", *arguments)
+        assert outcome.exit_code == 2
+        assert reason in outcome.stderr
+        assert outcome.stderr.count("\n") == 1
