@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import aio_pika
 import aiormq
 from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
 from aiormq.exceptions import (
@@ -30,21 +31,20 @@ from aiormq.exceptions import (
 )
 from yarl import URL
 
+from broker.definitions import Arguments, arguments_of
 from broker.errors import AccessRefused, ConfigError, ConnectionLost, PublishFailed, TransportError, Unroutable
+from broker.fitness import Facts
 from broker.inbox import WaitingInbox
 from broker.transport import Binding, Declaration, Delivery, Exchange, Inbox, Queue, Stream, StreamOffset
 
 OLDEST_VERSION = (3, 10)  # the first whose streams and quorum queues do what is asked of them here
 PERSISTENT = 2
-# A quorum queue without a limit puts what comes back behind all the others; RabbitMQ 4 gives up after 20 times.
-NO_DELIVERY_LIMIT = 1_000_000
 CLOSE_S = 5.0  # for the farewell; after that the broker finds out by itself
 RETRY_S = 0.5  # between attempts to reach a queue that a restarted broker has not found yet
 
 REFUSED = (AMQPError, ChannelInvalidStateError, TimeoutError)  # what a request that failed raises, if not lost
 
 Result = TypeVar("Result")
-Arguments = dict[str, Any]  # of AMQP: strings, numbers, booleans
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,16 @@ class RabbitBroker:
             await connection.close()
             raise
         return RabbitTransport(connection, user, name, self._settings)
+
+    async def probe(self, user: str) -> RabbitProbe:
+        """A connection of its own for `fluffle broker check`. Raises ConnectionLost."""
+        address, name = self._address(user), f"{user} probe"
+        try:
+            async with asyncio.timeout(self._settings.patience_s):
+                connection = await aio_pika.connect(address, client_properties={"connection_name": name})
+        except (AMQPError, OSError, TimeoutError, EOFError) as error:
+            raise ConnectionLost(f"{name}: cannot connect once more ({_text(error)}): try again") from error
+        return RabbitProbe(connection, self._settings)
 
     def _address(self, user: str) -> URL:
         url = self._url.update_query(heartbeat=self._settings.heartbeat_s)
@@ -270,31 +280,7 @@ async def _declare(channel: AbstractChannel, thing: Declaration) -> None:
         case Binding():
             await channel.queue_bind(thing.destination, thing.exchange, thing.pattern)
         case Queue() | Stream():
-            arguments = queue_arguments(thing) if isinstance(thing, Queue) else stream_arguments(thing)
-            await channel.queue_declare(thing.name, durable=True, arguments=arguments)
-
-
-def queue_arguments(queue: Queue) -> Arguments:
-    arguments: Arguments = {"x-queue-type": "quorum" if queue.replicated else "classic"}
-    if queue.single_active_consumer:
-        arguments["x-single-active-consumer"] = True
-    if queue.replicated:
-        arguments["x-delivery-limit"] = NO_DELIVERY_LIMIT
-    if queue.delivery_limit is not None:
-        arguments["x-delivery-limit"] = queue.delivery_limit
-    if queue.max_length is not None:
-        arguments |= {"x-max-length": queue.max_length, "x-overflow": "drop-head"}
-    if queue.expires_s is not None:
-        arguments["x-expires"] = round(1000 * queue.expires_s)
-    return arguments
-
-
-def stream_arguments(stream: Stream) -> Arguments:
-    return {
-        "x-queue-type": "stream",
-        "x-max-length-bytes": stream.max_bytes,
-        "x-stream-max-segment-size-bytes": stream.segment_bytes,
-    }
+            await channel.queue_declare(thing.name, durable=True, arguments=arguments_of(thing))
 
 
 class _Inbox(WaitingInbox):
@@ -443,3 +429,62 @@ def _read_outcome(task: asyncio.Future[Any]) -> None:
     """Lest asyncio complain that nobody did."""
     if not task.cancelled():
         task.exception()
+
+
+class RabbitProbe:
+    """What `fluffle broker check` asks beyond the seam. Every question has a channel of its own."""
+
+    def __init__(self, connection: aio_pika.abc.AbstractConnection, settings: RabbitSettings) -> None:
+        self._connection = connection
+        self._settings = settings
+
+    @property
+    def facts(self) -> Facts:
+        """What the broker said when the connection was made."""
+        assert self._connection.transport is not None, "it is connected"
+        amqp = self._connection.transport.connection
+        told, tune = amqp.server_properties, amqp.connection_tune
+        return Facts(
+            str(told.get("product")), str(told.get("version")), self._settings.heartbeat_s,
+            tune.frame_max or 0, tune.channel_max or 0,
+        )  # fmt: skip
+
+    async def find_queue(self, name: str) -> None:
+        """Raises TransportError unless there is such a queue or stream, and it can be reached."""
+        await self._ask(lambda channel: channel.declare_queue(name, passive=True))
+
+    async def find_exchange(self, name: str) -> None:
+        """Raises TransportError unless there is such an exchange."""
+        await self._ask(lambda channel: channel.declare_exchange(name, passive=True))
+
+    async def publish_as(self, user: str, exchange: str, key: str) -> None:
+        """Publishes a message in the name of that user."""
+
+        async def publish(channel: aio_pika.abc.AbstractChannel) -> None:
+            target = await channel.get_exchange(exchange, ensure=False)
+            await target.publish(aio_pika.Message(b"", user_id=user), key)
+
+        await self._ask(publish)
+
+    async def delete_exchange(self, name: str) -> None:
+        """Deletes an exchange; it need not exist."""
+        await self._ask(lambda channel: channel.exchange_delete(name))
+
+    async def close(self) -> None:
+        with suppress(Exception):  # it is lost for us, whatever the broker makes of it
+            async with asyncio.timeout(CLOSE_S):
+                await self._connection.close()
+
+    async def _ask(self, question: Callable[[aio_pika.abc.AbstractChannel], Awaitable[object]]) -> None:
+        try:
+            async with asyncio.timeout(self._settings.patience_s):
+                channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+                try:
+                    await question(channel)
+                finally:
+                    await channel.close()
+        except PublishError as error:
+            raise Unroutable(f"nothing takes it: {_text(error)}") from error
+        except REFUSED as error:
+            kind = AccessRefused if _tells(error, "ACCESS_REFUSED") else TransportError
+            raise kind(_text(error)) from error

@@ -4,6 +4,7 @@ For the federation `<f>` and the participant `<p>`:
 
 fl.<f>.head        queue    head records, one consumer at a time
 fl.<f>.up          exchange `<p>.<kind>`: what participants send
+fl.<f>.chunks.<p>  exchange `<p>.chunk`: the way to one participant's outbox, which nobody else may write to
 fl.<f>.updates     stream   everything small that participants send, and what operators want; the leader reads it
 fl.<f>.outbox.<p>  stream   chunks of one participant's large updates
 fl.<f>.model.<run> stream   chunks of global models
@@ -87,8 +88,15 @@ class Topology:
     def model(self, run_id: str) -> str:
         return self._name("model", run_id)
 
+    def chunks(self, participant: str) -> str:
+        return self._name("chunks", participant)
+
     def outbox(self, participant: str) -> str:
         return self._name("outbox", participant)
+
+    def check(self, token: str) -> str:
+        """A name for something that is tried out and deleted again."""
+        return self._name("check", token)
 
     def inbox(self, participant: str) -> str:
         if participant in RESERVED or not re.fullmatch(PARTICIPANT, participant):
@@ -127,12 +135,17 @@ class Topology:
         return [Queue(inbox, expires_s=OPERATOR_EXPIRES_S), Binding(self.down, OPERATOR, inbox)]
 
     def outbox_declarations(self, participant: str, update_bytes: int) -> list[Declaration]:
-        """A stream that keeps at least three updates: whole segments go, so it is sized for five."""
-        outbox = self.outbox(participant)
+        """A stream that keeps at least three updates: whole segments go, so it is sized for five.
+
+        It has an exchange of its own. RabbitMQ checks which exchange a user writes to on every way there; the
+        routing key only on the straight one, not for messages that come through another exchange or a CC header.
+        """
+        chunks, outbox = self.chunks(participant), self.outbox(participant)
         segment = max(MEBI, update_bytes)
         return [
+            Exchange(chunks),
             Stream(outbox, max_bytes=5 * segment, segment_bytes=segment),
-            Binding(self.up, f"{participant}.{CHUNK}", outbox),
+            Binding(chunks, f"{participant}.{CHUNK}", outbox),
         ]
 
     def model_declarations(self, run_id: str, model_bytes: int) -> list[Declaration]:
@@ -146,10 +159,10 @@ class Topology:
         if user == AGGREGATOR:
             everything = f"{mine}.*"
             return Access(everything, f"({everything}|{DEFAULT_EXCHANGE})", everything, {}, {})
-        inbox = re.escape(self.inbox(user))
+        inbox, chunks = re.escape(self.inbox(user)), re.escape(self.chunks(user))
         return Access(
             configure=inbox,
-            write=f"({re.escape(self.up)}|{inbox})",
+            write=f"({re.escape(self.up)}|{chunks}|{inbox})",
             read=f"({re.escape(self.down)}|{inbox}|{mine}model\\..*)",
             publish={self.up: f"{user}\\.[a-z]+"},
             bind={self.down: f"({EVERYONE}|{user})"},

@@ -1,24 +1,65 @@
-"""From an address in the configuration to a broker that connections are made from."""
+"""From an address and a file of passwords to a broker that connections can be made to."""
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+
+from yarl import URL
 
 from broker.errors import ConfigError
 from broker.rabbitmq import RabbitBroker, RabbitSettings
 from fluffle.config import BrokerSection
+from fluffle.secrets import read_secrets
 
 
 def rabbit_broker(section: BrokerSection) -> RabbitBroker:
-    """Raises ConfigError if passwords are wanted from a file that is not there or not one of passwords."""
-    passwords = read_secrets(Path(section.secrets)).__getitem__ if section.secrets else None
-    return RabbitBroker(section.url, passwords, RabbitSettings(patience_s=section.patience_s))
+    """The broker of a configuration. Raises ConfigError."""
+    return connectable(section.url, section.secrets, RabbitSettings(patience_s=section.patience_s))
 
 
-def read_secrets(path: Path) -> Mapping[str, str]:
+def connectable(url: str, secrets: str = "", settings: RabbitSettings | None = None) -> RabbitBroker:
+    """RabbitMQ at this address. Whoever connects needs a password from the address or from the file `secrets`.
+
+    An address with user and password is that user's only. One with a user name alone, too: the file has the
+    password. One without either serves every user in the file. Raises ConfigError.
+    """
+    address = _parsed(url)
+    if address.password is not None or address.query.get("auth", "").upper() == "EXTERNAL":
+        return RabbitBroker(url, settings=settings)
+    if not secrets:
+        raise ConfigError(
+            f"the address {address} has no password: give --secrets FILE, or amqp://NAME:PASSWORD@HOST:PORT/VHOST"
+        )
+    path = Path(secrets)
+    password_of = partial(_password, read_secrets(path), path)
+    if address.user is None:
+        return RabbitBroker(url, password_of, settings)
+    return RabbitBroker(str(address.with_password(password_of(address.user))), settings=settings)
+
+
+def user_of(url: str) -> str | None:
+    """The user that an address names."""
+    return _parsed(url).user
+
+
+def _parsed(url: str) -> URL:
     try:
-        return {name: str(value) for name, value in tomllib.loads(path.read_text("utf-8")).items()}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as passwords: {error}") from None
+        address = URL(url)
+        good = address.scheme in ("amqp", "amqps") and bool(address.host)
+    except ValueError:
+        good = False
+    if not good:
+        raise ConfigError(
+            "the broker's address must be that of a RabbitMQ: amqp[s]://[NAME:PASSWORD@]HOST:PORT/VHOST"
+        )
+    return address
+
+
+def _password(passwords: dict[str, str], path: Path, user: str) -> str:
+    if user not in passwords:
+        raise ConfigError(
+            f"{path}: has no password of {user!r}: add it, or run `fluffle broker definitions` with that "
+            "participant and load its output"
+        )
+    return passwords[user]

@@ -8,8 +8,6 @@ can serve the tests too, as FLUFFLE_AMQP_URL=amqp://host:port/vhost.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import os
 import shutil
@@ -23,13 +21,24 @@ from pathlib import Path
 
 from yarl import URL
 
+from broker.definitions import (
+    Document,
+    Enrolment,
+    access_definitions,
+    merged,
+    password_hash,
+    thing_definitions,
+)
 from broker.rabbitmq import RabbitBroker, RabbitSettings
-from broker.topology import AGGREGATOR, Access, Topology
+from broker.topology import AGGREGATOR, Topology
 
 PROGRAMS = Path("/usr/lib/rabbitmq/bin")  # not the wrappers in /usr/sbin, which change the user
 SERVER = PROGRAMS / "rabbitmq-server"
 READY_S = 120.0
 FEDERATIONS = [f"t-{number:03}" for number in range(150)]
+SET_UP = "set-up"  # this one is there when the node has booted
+FOREIGN = "foreign"  # p-1 takes no part in this one
+OPERATOR = "operator"  # may do everything
 PARTICIPANTS = ["p-1", "p-2", "p01", "p02", "p03", "p04"]
 HOSTNAME = "localhost"
 
@@ -72,7 +81,7 @@ class Node:
     @classmethod
     def create(cls, directory: Path) -> Node:
         node = cls(directory, free_port())
-        directory.joinpath("definitions.json").write_text(json.dumps(definitions()))
+        directory.joinpath("definitions.json").write_text(json.dumps(node_definitions()))
         directory.joinpath("enabled_plugins").write_text("[].")
         directory.joinpath("env.conf").touch()
         directory.joinpath("rabbitmq.conf").write_text(
@@ -120,9 +129,15 @@ class Node:
         One that was declared later than that is lost to a kill -9, whatever it held: publishes to it are never
         confirmed, and declaring it again says for ever that its home node is down.
         """
-        sync = "[ok = dets:sync(Table) || Table <- dets:all()]."
-        command = [str(PROGRAMS / "rabbitmqctl"), "eval", sync]
-        subprocess.run(command, env=self.environment, cwd=self.directory, check=True, capture_output=True)
+        assert self.control("eval", "[ok = dets:sync(Table) || Table <- dets:all()].")
+
+    def control(self, *arguments: str) -> bool:
+        """Runs rabbitmqctl; whether that succeeded."""
+        command = [str(PROGRAMS / "rabbitmqctl"), *arguments]
+        done = subprocess.run(
+            command, env=self.environment, cwd=self.directory, check=False, capture_output=True, timeout=READY_S
+        )
+        return done.returncode == 0
 
     def kill(self) -> None:
         """kill -9: no farewell to anybody, nothing flushed."""
@@ -164,53 +179,24 @@ def answers(port: int) -> bool:
         return False
 
 
-def definitions() -> dict[str, object]:
-    """Every user may in every federation what `Topology.access` says."""
-    users = [AGGREGATOR, *PARTICIPANTS]
-    topologies = [Topology(federation) for federation in FEDERATIONS]
-    return {
-        "vhosts": [{"name": "/"}],
-        "users": [
-            {
-                "name": user,
-                "password_hash": hashed(password(user)),
-                "hashing_algorithm": "rabbit_password_hashing_sha256",
-                "tags": "",
-            }
-            for user in users
-        ],
-        "permissions": [{"user": user, "vhost": "/", **rights(user)} for user in users],
-        "topic_permissions": [
-            {"user": user, "vhost": "/", **right}
-            for topology in topologies
-            for user in PARTICIPANTS
-            for right in topic_rights(topology.access(user))
-        ],
-    }
+def node_definitions() -> Document:
+    """Users with their rights in every federation, and everything of the one that is set up whole."""
+    federations = [Enrolment(Topology(name), tuple(PARTICIPANTS)) for name in (*FEDERATIONS, SET_UP)]
+    foreign = Enrolment(Topology(FOREIGN), ("p-2",))
+    users = (AGGREGATOR, *PARTICIPANTS)
+    hashes = {user: password_hash(password(user), b"salt") for user in (*users, OPERATOR)}
+    return merged(
+        access_definitions([*federations, foreign], hashes), thing_definitions(federations[-1]), operator(hashes)
+    )
 
 
-def rights(user: str) -> dict[str, str]:
-    access = Topology("any").access(user)
-    patterns = {"configure": access.configure, "write": access.write, "read": access.read}
-    return {deed: whole(pattern.replace(r"fl\.any\.", r"fl\.t-[0-9]{3}\.")) for deed, pattern in patterns.items()}
-
-
-def topic_rights(access: Access) -> list[dict[str, str]]:
-    return [
-        *({"exchange": e, "write": whole(keys), "read": "^$"} for e, keys in access.publish.items()),
-        *({"exchange": e, "write": "^$", "read": whole(keys)} for e, keys in access.bind.items()),
-    ]
-
-
-def whole(pattern: str) -> str:
-    """RabbitMQ searches; `Access` means whole names."""
-    return f"^({pattern})$"
-
-
-def hashed(secret: str) -> str:
-    salt = b"salt"
-    return base64.b64encode(salt + hashlib.sha256(salt + secret.encode()).digest()).decode()
+def operator(hashes: dict[str, str]) -> Document:
+    """Somebody with more rights than anybody should have."""
+    everything = {"configure": ".*", "write": ".*", "read": ".*"}
+    user = {"name": OPERATOR, "password_hash": hashes[OPERATOR], "tags": "administrator,impersonator"}
+    hashing = {"hashing_algorithm": "rabbit_password_hashing_sha256"}
+    return {"users": [user | hashing], "permissions": [{"user": OPERATOR, "vhost": "/", **everything}]}
 
 
 if __name__ == "__main__":
-    print(json.dumps(definitions(), indent=2))
+    print(json.dumps(node_definitions(), indent=2))

@@ -84,7 +84,7 @@ class Link:
         """Publishes an update: its chunks first, so that whoever reads of it finds them all."""
         body = held.update.body
         if body is not None and body.where == "stream":
-            outbox = Address(self._topology.up, f"{self.participant}.{CHUNK}")
+            outbox = Address(self._topology.chunks(self.participant), f"{self.participant}.{CHUNK}")
             await upload(_connected(self._writer), outbox, body, held.blob)
         await self.send(held.update, held.blob if body is not None and body.where == "inline" else b"")
 

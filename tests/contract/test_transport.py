@@ -8,7 +8,7 @@ import pytest
 from contract_steps import Connect, bodies, is_quiet, numbered, receive, receive_all, send
 
 from broker.errors import AccessRefused, ConnectionLost, TransportError, Unroutable
-from broker.topology import Topology
+from broker.topology import UP_KINDS, Topology
 from broker.transport import Binding, Declaration, Exchange, Queue, Stream, Transport
 
 
@@ -426,8 +426,9 @@ class TestPermissions:
         self, connect: Connect, participant: Transport, topology: Topology
     ) -> None:
         updates = await (await connect()).read(topology.updates, offset="first")
-        for kind in ("join", "heartbeat", "update", "failed", "leave", "chunk"):
+        for kind in UP_KINDS:
             await participant.publish(topology.up, f"p-1.{kind}", b"")
+        await participant.publish(topology.chunks("p-1"), "p-1.chunk", b"")
         first = await receive(updates)
         assert (first.key, first.sender) == ("p-1.join", "p-1")
         await participant.consume(topology.inbox("p-1"), prefetch=1)
@@ -436,6 +437,7 @@ class TestPermissions:
     async def test_a_participant_speaks_only_for_itself(self, participant: Transport, topology: Topology) -> None:
         for exchange, key in (
             (topology.up, "p-2.update"), (topology.up, "p-1"), (topology.up, "p-1.a.b"), (topology.down, "all"),
+            (topology.chunks("p-2"), "p-1.chunk"),
             ("", topology.updates), ("", topology.head), ("", topology.inbox("p-1")),
         ):  # fmt: skip
             with pytest.raises(AccessRefused, match=r"p-1"):

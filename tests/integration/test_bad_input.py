@@ -22,7 +22,7 @@ from broker.memory import MemoryBroker
 from broker.messages import Barrier, Chunk, Join, Leave, Rejected, TrainRound, UpdateReady, Where
 from broker.payloads import describe, piece
 from broker.tensors import Arrays, Buffer
-from broker.topology import AGGREGATOR, Topology
+from broker.topology import AGGREGATOR, CHUNK, Topology
 from broker.transport import Inbox, Transport
 from broker.wire import decode, encode
 from tests.federation import Federation, names, settings
@@ -59,7 +59,8 @@ class Hostile:
                 return cls(connection, inbox, order, model)
 
     async def say(self, kind: str, frame: bytes) -> None:
-        await self.connection.publish(TOPOLOGY.up, f"{BAD}.{kind}", frame)
+        exchange = TOPOLOGY.chunks(BAD) if kind == CHUNK else TOPOLOGY.up
+        await self.connection.publish(exchange, f"{BAD}.{kind}", frame)
 
     def update(self, blob: Buffer = b"", **changes: object) -> UpdateReady:
         """An update that would count if its body were one."""
@@ -323,7 +324,7 @@ async def test_bad_chunks_are_refused_with_the_reason_and_the_run_goes_on(
 
     async def act(hostile: Hostile) -> None:
         for frame in change(chunk_frames(blob, where)):
-            await hostile.say("chunk", frame)
+            await hostile.say(CHUNK, frame)
         await hostile.say("update", encode(hostile.update(body=where.model_copy(update=fields))))
 
     check(await attacked(tmp_path, act, size=SIZE, broker=CHUNKED), [reason], undisturbed_large)
@@ -335,7 +336,7 @@ async def test_garbage_in_its_outbox_does_not_spoil_what_comes_after(tmp_path: P
 
     async def act(hostile: Hostile) -> None:
         for frame in (b"garbage", b"FLF\x02 of another version", *chunk_frames(blob, where)):
-            await hostile.say("chunk", frame)
+            await hostile.say(CHUNK, frame)
         await hostile.say("update", encode(hostile.update(body=where)))
 
     seen = await attacked(tmp_path, act, size=SIZE, broker=CHUNKED)
@@ -361,6 +362,7 @@ async def test_the_broker_lets_nobody_speak_as_another_or_read_what_is_not_for_i
         for forbidden in (
             lambda: me.publish(TOPOLOGY.up, "p01.update", frame),
             lambda: me.publish(TOPOLOGY.up, "p01.chunk", frame),
+            lambda: me.publish(TOPOLOGY.chunks("p01"), "p01.chunk", frame),
             lambda: me.publish(TOPOLOGY.down, "all", frame),
             lambda: me.publish("", TOPOLOGY.updates, frame),
             lambda: me.publish("", TOPOLOGY.head, encode(HeadRecord(epoch=99))),
@@ -376,7 +378,7 @@ async def test_the_broker_lets_nobody_speak_as_another_or_read_what_is_not_for_i
             refused += 1
 
     seen = await attacked(tmp_path, act, broker_=broker)
-    assert refused == 11
+    assert refused == 12
     assert seen.rejected == []
     assert [report.accepted for report in seen.reports] == [3, 3]
 

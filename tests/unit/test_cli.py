@@ -45,7 +45,7 @@ class Simulation:
         self.config: Config | None = None
         self.error: BaseException | None = None
 
-    async def simulate(self, config: Config, display: Display) -> Outcome:
+    async def simulate(self, config: Config, display: Display, *, abandon: str = "") -> Outcome:
         self.config = config
         if self.error:
             raise self.error
