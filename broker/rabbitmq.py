@@ -37,7 +37,17 @@ from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelAccessRefused
 from yarl import URL
 
-from broker.errors import AccessRefused, ConfigError, ConnectionLost, PublishFailed, TransportError, Unroutable
+from broker import refusals
+from broker.errors import (
+    AccessRefused,
+    ConfigError,
+    ConnectionLost,
+    MessageTooLarge,
+    PublishFailed,
+    QueueLost,
+    TransportError,
+    Unroutable,
+)
 from broker.inbox import WaitingInbox
 from broker.transport import Binding, Declaration, Delivery, Exchange, Inbox, Queue, Stream, StreamOffset
 
@@ -65,8 +75,9 @@ class RabbitSettings:
 class RabbitBroker:
     """A RabbitMQ at `amqp[s]://user:password@host:port/vhost`.
 
-    In production every process has an address with a user of its own, whose name is the participant's, or
-    `aggregator`. Where one process plays several (tests, simulation), `passwords` knows the password of each.
+    In production every process has a user of its own, whose name is the participant's, or `aggregator`. An address
+    without a name means that one. Where one process plays several (tests, simulation), or where the password is not
+    in the address, `passwords` knows the password of each.
     """
 
     def __init__(
@@ -91,10 +102,7 @@ class RabbitBroker:
                 f"{where} refused user or password ({_text(error)}): correct the address"
             ) from error
         except (AMQPError, OSError, TimeoutError, EOFError) as error:
-            raise ConnectionLost(
-                f"{where} cannot be reached or refused the connection ({_text(error)}): is RabbitMQ running there, "
-                f"and may {user!r} use virtual host {url.path!r}?"
-            ) from error
+            raise ConnectionLost(f"{where} {refusals.not_connected(_text(error), user, url.path)}") from error
         try:
             check_broker(_underlay(connection).server_properties)
         except ConfigError:
@@ -106,10 +114,12 @@ class RabbitBroker:
         url = self._url.update_query(heartbeat=self._settings.heartbeat_s)
         if self._passwords is not None:
             return url.with_user(user).with_password(self._passwords(user))
+        if url.user is None:
+            return url.with_user(user)
         if url.user != user and url.query.get("auth", "").upper() != "EXTERNAL":
             raise ConfigError(
                 f"the broker's address is that of user {url.user!r}, but this is {user!r}: RabbitMQ vouches for "
-                f"names, so give {user!r} an address with a user of that name"
+                f"names, so give {user!r} an address with a user of that name, or with none"
             )
         return url
 
@@ -157,13 +167,16 @@ class RabbitTransport:
             await self.call(partial(self._publish, exchange, key, body), timeout_s)
         except TimeoutError as error:
             raise PublishFailed(
-                f"{where} was not confirmed within {timeout_s:g} s: is RabbitMQ short of memory or disk?"
+                f"{where} was not confirmed within {timeout_s:g} s: is RabbitMQ short of memory or disk, or did it "
+                "lose that queue when it was killed (then delete it)?"
             ) from error
         except PublishError as error:
             raise Unroutable(
                 f"no queue or stream takes what is published to {where}: declare and bind one first"
             ) from error
         except (AMQPError, ChannelInvalidStateError) as error:
+            if why := refusals.too_large(str(error), len(body)):
+                raise MessageTooLarge(f"{self._name}: cannot publish to {where}: {why}") from error
             # The channel may have been closed because of a message that was published beside this one.
             own = _tells(error, f"'{exchange or 'amq.default'}'") and (
                 not _tells(error, "topic '") or _tells(error, f"'{key}'")
@@ -186,9 +199,10 @@ class RabbitTransport:
 
     async def close(self) -> None:
         self._lose("the connection was closed: connect again")
-        with suppress(Exception):  # it is lost for us, whatever the broker makes of it
-            async with asyncio.timeout(CLOSE_S):
-                await self._connection.close()
+        closing = asyncio.ensure_future(self._connection.close())
+        closing.add_done_callback(_read_outcome)  # it is lost for us, whatever the broker makes of it
+        await asyncio.wait((closing,), timeout=CLOSE_S)
+        closing.cancel()  # which aio-pika may not heed, so nobody waits for that
 
     async def call(self, step: Callable[[], Awaitable[Result]], timeout_s: float | None = None) -> Result:
         """What the step returns or raises, unless the connection is lost before: then ConnectionLost.
@@ -262,8 +276,11 @@ class RabbitTransport:
             try:
                 return await self.call(request)
             except ChannelNotFoundEntity as error:
-                if not _tells(error, "home node") or clock() > until:
+                why = refusals.homeless(str(error))
+                if not why:
                     raise self._refusal(error, deed) from error
+                if clock() > until:
+                    raise QueueLost(f"{self._name}: cannot {deed} that: {why}") from error
                 await asyncio.sleep(RETRY_S)
             except REFUSED as error:
                 raise self._refusal(error, deed) from error
@@ -359,7 +376,7 @@ class _Inbox(WaitingInbox):
 
     def _on_closing(self, closing: asyncio.Future[Any]) -> None:
         error = None if closing.cancelled() else closing.exception()
-        self.leave(f"its channel was closed ({_text(error)}): consume or read again")
+        self.leave(refusals.channel_closed(_text(error)))
 
     def _depart(self) -> None:
         self._transport.leave(self)
@@ -376,6 +393,9 @@ class _Consumer(_Inbox):
         if not self._fresh:
             return None
         message = self._fresh.popleft()
+        if "x-stream-offset" in _headers(message):
+            self.leave("it is a stream and cannot be consumed: read it")
+            self._check()
         self._unsettled.add(_tag(message))
         before = max(int(_headers(message).get("x-delivery-count", 0)), int(bool(message.redelivered)))
         return _delivery(message, partial(self._settle, _tag(message)), delivery_count=before)
@@ -406,6 +426,9 @@ class _Reader(_Inbox):
     def _take(self) -> Delivery | None:
         while self._fresh:
             message = self._fresh.popleft()
+            if "x-stream-offset" not in _headers(message):
+                self.leave("it is a queue and cannot be read: consume it")
+                self._check()
             self._acknowledge(_tag(message))
             offset = int(_headers(message)["x-stream-offset"])
             if offset >= self._first:  # RabbitMQ begins with a whole chunk

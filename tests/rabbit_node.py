@@ -17,6 +17,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -115,14 +117,35 @@ class Node:
         return self.directory.joinpath("output").read_text(errors="replace")
 
     def settle(self) -> None:
-        """Writes down which quorum queues and streams there are, as RabbitMQ 3.10 does only every three minutes.
+        """Writes down which quorum queues and streams there are, as RabbitMQ 3.10 does some seconds later.
 
-        One that was declared later than that is lost to a kill -9, whatever it held: publishes to it are never
-        confirmed, and declaring it again says for ever that its home node is down.
+        A kill -9 before that loses what it held: test_rabbitmq_loss.py shows how.
         """
-        sync = "[ok = dets:sync(Table) || Table <- dets:all()]."
-        command = [str(PROGRAMS / "rabbitmqctl"), "eval", sync]
-        subprocess.run(command, env=self.environment, cwd=self.directory, check=True, capture_output=True)
+        self.evaluate("[ok = dets:sync(Table) || Table <- dets:all()].")
+
+    @contextmanager
+    def changed(self, **settings: int) -> Iterator[None]:
+        """Other values of its settings for a while, for channels that are opened meanwhile."""
+        before = {name: self.evaluate(f"{{ok, V}} = application:get_env(rabbit, {name}), V.") for name in settings}
+        self._set(settings)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, settings: Mapping[str, object]) -> None:
+        self.evaluate(",".join(f"ok = application:set_env(rabbit, {n}, {v})" for n, v in settings.items()) + ".")
+
+    def evaluate(self, erlang: str) -> str:
+        return self.control("eval", erlang)
+
+    def control(self, *command: str) -> str:
+        """What rabbitmqctl says. It takes seconds."""
+        line = [str(PROGRAMS / "rabbitmqctl"), "--quiet", *command]
+        done = subprocess.run(
+            line, env=self.environment, cwd=self.directory, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
 
     def kill(self) -> None:
         """kill -9: no farewell to anybody, nothing flushed."""
