@@ -168,7 +168,7 @@ class RabbitTransport:
         except TimeoutError as error:
             raise PublishFailed(
                 f"{where} was not confirmed within {timeout_s:g} s: is RabbitMQ short of memory or disk, or did it "
-                "lose that queue when it was killed (then delete it)?"
+                "lose that queue when it was killed (then `rabbitmqctl delete_queue` mends it)?"
             ) from error
         except PublishError as error:
             raise Unroutable(

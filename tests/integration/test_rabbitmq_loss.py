@@ -69,7 +69,7 @@ async def test_the_first_streams_of_a_broker(node: Node) -> None:
 
 
 async def test_the_newest_quorum_queue(node: Node) -> None:
-    """It is there and can be declared, but confirms nothing. Deleting it mends that."""
+    """It is there and can be declared, but confirms nothing. `rabbitmqctl delete_queue` mends that."""
     transport = await connect(node)
     await transport.declare(Queue(QUEUE, replicated=True))
     await transport.publish("", QUEUE, b"lost")
@@ -79,7 +79,9 @@ async def test_the_newest_quorum_queue(node: Node) -> None:
     await transport.declare(Queue(QUEUE, replicated=True))
     with pytest.raises(PublishFailed, match="lose that queue"):
         await transport.publish("", QUEUE, b"refused", timeout_s=3)
-    await transport.delete(QUEUE)
+    await transport.close()
+    await asyncio.to_thread(node.control, "delete_queue", QUEUE)
+    transport = await connect(node)
     await transport.declare(Queue(QUEUE, replicated=True))
     await transport.publish("", QUEUE, b"new")
     delivery = await (await transport.consume(QUEUE)).get(10)
