@@ -135,6 +135,7 @@ async def test_closing_ends_although_nothing_passes(rabbit: Rabbit, topology: To
     async with proxied(rabbit.url.port or 5672) as proxy:
         transport = await rabbit.broker(port=proxy.port).connect(AGGREGATOR, purpose="close")
         await transport.declare(Queue(topology.rejected))
+        await transport.publish("", topology.rejected, b"")
         proxy.freeze()
         publishing = asyncio.ensure_future(transport.publish("", topology.rejected, bytes(50 << 20), timeout_s=60))
         await asyncio.sleep(0.2)
