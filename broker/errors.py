@@ -10,7 +10,9 @@ FluffleError
 └── TransportError
     ├── ConnectionLost  the connection is gone: connect again
     ├── PublishFailed   no confirm, or the broker refused the message; it may or may not have arrived
+    ├── MessageTooLarge the broker takes no message of that size, now or later
     ├── Unroutable      nothing is bound to where the message was sent
+    ├── QueueLost       the broker lists a queue or stream that it has lost: somebody must mend that
     └── AccessRefused   the broker does not allow this user to do that
 """
 
@@ -59,8 +61,16 @@ class PublishFailed(TransportError):
     """No confirm in time, or the broker refused the message. It may or may not have arrived."""
 
 
+class MessageTooLarge(TransportError):
+    """The broker takes no message of that size. It did not arrive, and never will."""
+
+
 class Unroutable(TransportError):
     """Nothing is bound to where the message was sent."""
+
+
+class QueueLost(TransportError):
+    """The broker lists a queue or stream but has lost it: it can be neither declared, used nor deleted."""
 
 
 class AccessRefused(TransportError):

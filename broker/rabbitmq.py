@@ -3,8 +3,10 @@
 RabbitMQ closes a channel on every refusal. So each request has a channel of its own, each consumer keeps one,
 and the publishing one is opened again after an error: a refusal costs whoever caused it, never the connection.
 
-It speaks aiormq, the protocol layer of aio-pika: that heals nothing either, runs one task for a delivery where
-aio-pika runs three, and tells when the broker cancels a consumer.
+It is built on aio-pika's plain classes: they connect, declare, delete and publish. Consumers have channels of the
+protocol layer under it (aiormq), because that runs one task for a delivery where aio-pika runs three, tells when
+the broker cancels a consumer, and leaves nothing behind at its connection: a channel of aio-pika leaves 4 KB, and
+an aggregator opens one for every large update.
 """
 
 from __future__ import annotations
@@ -19,26 +21,39 @@ from functools import partial
 from typing import Any, TypeVar
 
 import aio_pika
-import aiormq
-from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
-from aiormq.exceptions import (
+from aio_pika import DeliveryMode, ExchangeType, Message
+from aio_pika.abc import AbstractChannel, AbstractConnection
+from aio_pika.exceptions import (
     AMQPError,
-    ChannelAccessRefused,
     ChannelInvalidStateError,
     ChannelNotFoundEntity,
     ProbableAuthenticationError,
     PublishError,
 )
+from aiormq import spec
+from aiormq.abc import AbstractChannel as UnderlayChannel
+from aiormq.abc import AbstractConnection as UnderlayConnection
+from aiormq.abc import DeliveredMessage
+from aiormq.exceptions import ChannelAccessRefused
 from yarl import URL
 
+from broker import refusals
 from broker.definitions import Arguments, arguments_of
-from broker.errors import AccessRefused, ConfigError, ConnectionLost, PublishFailed, TransportError, Unroutable
+from broker.errors import (
+    AccessRefused,
+    ConfigError,
+    ConnectionLost,
+    MessageTooLarge,
+    PublishFailed,
+    QueueLost,
+    TransportError,
+    Unroutable,
+)
 from broker.fitness import Facts
 from broker.inbox import WaitingInbox
 from broker.transport import Binding, Declaration, Delivery, Exchange, Inbox, Queue, Stream, StreamOffset
 
 OLDEST_VERSION = (3, 10)  # the first whose streams and quorum queues do what is asked of them here
-PERSISTENT = 2
 CLOSE_S = 5.0  # for the farewell; after that the broker finds out by itself
 RETRY_S = 0.5  # between attempts to reach a queue that a restarted broker has not found yet
 
@@ -59,15 +74,17 @@ class RabbitSettings:
 class RabbitBroker:
     """A RabbitMQ at `amqp[s]://user:password@host:port/vhost`.
 
-    In production every process has an address with a user of its own, whose name is the participant's, or
-    `aggregator`. Where one process plays several (tests, simulation), `passwords` knows the password of each.
+    In production every process has a user of its own, whose name is the participant's, or `aggregator`. An address
+    without a name means that one. Where one process plays several (tests, simulation), or where the password is not
+    in the address, `passwords` knows the password of each.
     """
 
     def __init__(
         self, url: str, passwords: Callable[[str], str] | None = None, settings: RabbitSettings | None = None
     ) -> None:
-        # Whatever fails reaches the caller as an error; aiormq would tell the same again, with tracebacks.
-        logging.getLogger("aiormq").setLevel(logging.CRITICAL)
+        # Whatever fails reaches the caller as an error; the libraries would tell the same again, with tracebacks.
+        for library in ("aio_pika", "aiormq"):
+            logging.getLogger(library).setLevel(logging.CRITICAL)
         self._url = URL(url)
         self._passwords = passwords
         self._settings = settings or RabbitSettings()
@@ -78,18 +95,15 @@ class RabbitBroker:
         where = f"{name}: {url.host}:{url.port or url.scheme}"
         try:
             async with asyncio.timeout(self._settings.patience_s):
-                connection = await aiormq.connect(url, client_properties={"connection_name": name})
+                connection = await aio_pika.connect(url, client_properties={"connection_name": name})
         except ProbableAuthenticationError as error:
             raise AccessRefused(
                 f"{where} refused user or password ({_text(error)}): correct the address"
             ) from error
         except (AMQPError, OSError, TimeoutError, EOFError) as error:
-            raise ConnectionLost(
-                f"{where} cannot be reached or refused the connection ({_text(error)}): is RabbitMQ running there, "
-                f"and may {user!r} use virtual host {url.path!r}?"
-            ) from error
+            raise ConnectionLost(f"{where} {refusals.not_connected(_text(error), user, url.path)}") from error
         try:
-            check_broker(connection.server_properties)
+            check_broker(_underlay(connection).server_properties)
         except ConfigError:
             await connection.close()
             raise
@@ -109,12 +123,20 @@ class RabbitBroker:
         url = self._url.update_query(heartbeat=self._settings.heartbeat_s)
         if self._passwords is not None:
             return url.with_user(user).with_password(self._passwords(user))
+        if url.user is None:
+            return url.with_user(user)
         if url.user != user and url.query.get("auth", "").upper() != "EXTERNAL":
             raise ConfigError(
                 f"the broker's address is that of user {url.user!r}, but this is {user!r}: RabbitMQ vouches for "
-                f"names, so give {user!r} an address with a user of that name"
+                f"names, so give {user!r} an address with a user of that name, or with none"
             )
         return url
+
+
+def _underlay(connection: AbstractConnection) -> UnderlayConnection:
+    """What tells the broker's properties, and at once that it is lost: aio-pika's own classes do not."""
+    assert connection.transport is not None, "it is connected"
+    return connection.transport.connection
 
 
 def check_broker(properties: Arguments) -> None:
@@ -138,7 +160,8 @@ class RabbitTransport:
         self._inboxes: set[_Inbox] = set()
         self._publisher: AbstractChannel | None = None
         self._opening = asyncio.Lock()
-        connection.closing.add_done_callback(self._on_closing)
+        self._underlay = _underlay(connection)
+        self._underlay.closing.add_done_callback(self._on_closing)
 
     async def declare(self, *things: Declaration) -> None:
         async def declare(channel: AbstractChannel) -> None:
@@ -153,13 +176,16 @@ class RabbitTransport:
             await self.call(partial(self._publish, exchange, key, body), timeout_s)
         except TimeoutError as error:
             raise PublishFailed(
-                f"{where} was not confirmed within {timeout_s:g} s: is RabbitMQ short of memory or disk?"
+                f"{where} was not confirmed within {timeout_s:g} s: is RabbitMQ short of memory or disk, or did it "
+                "lose that queue when it was killed (then `rabbitmqctl delete_queue` mends it)?"
             ) from error
         except PublishError as error:
             raise Unroutable(
                 f"no queue or stream takes what is published to {where}: declare and bind one first"
             ) from error
         except (AMQPError, ChannelInvalidStateError) as error:
+            if why := refusals.too_large(str(error), len(body)):
+                raise MessageTooLarge(f"{self._name}: cannot publish to {where}: {why}") from error
             # The channel may have been closed because of a message that was published beside this one.
             own = _tells(error, f"'{exchange or 'amq.default'}'") and (
                 not _tells(error, "topic '") or _tells(error, f"'{key}'")
@@ -182,9 +208,10 @@ class RabbitTransport:
 
     async def close(self) -> None:
         self._lose("the connection was closed: connect again")
-        with suppress(Exception):  # it is lost for us, whatever the broker makes of it
-            async with asyncio.timeout(CLOSE_S):
-                await self._connection.close()
+        closing = asyncio.ensure_future(self._connection.close())
+        closing.add_done_callback(_read_outcome)  # it is lost for us, whatever the broker makes of it
+        await asyncio.wait((closing,), timeout=CLOSE_S)
+        closing.cancel()  # which aio-pika may not heed, so nobody waits for that
 
     async def call(self, step: Callable[[], Awaitable[Result]], timeout_s: float | None = None) -> Result:
         """What the step returns or raises, unless the connection is lost before: then ConnectionLost.
@@ -200,7 +227,7 @@ class RabbitTransport:
             await asyncio.wait((task, self._lost), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
             if task.done() and not task.cancelled() and task.exception() is None:
                 return task.result()
-            if task.done() and not self._connection.is_opened:
+            if task.done() and not self._underlay.is_opened:
                 self._lose("the connection was lost: connect again")
             if self._lost.done():
                 raise ConnectionLost(self._lost.result())
@@ -227,8 +254,8 @@ class RabbitTransport:
 
     async def _publish(self, exchange: str, key: str, body: bytes) -> None:
         channel = await self._publishing_channel()
-        properties = aiormq.spec.Basic.Properties(delivery_mode=PERSISTENT, user_id=self.user)
-        await channel.basic_publish(body, exchange=exchange, routing_key=key, properties=properties, mandatory=True)
+        target = await channel.get_exchange(exchange, ensure=False)
+        await target.publish(Message(body, delivery_mode=DeliveryMode.PERSISTENT, user_id=self.user), key)
 
     async def _publishing_channel(self) -> AbstractChannel:
         async with self._opening:
@@ -237,7 +264,7 @@ class RabbitTransport:
             return self._publisher
 
     async def _open(self, inbox: _Inbox) -> Inbox:
-        await self._request("read from", partial(inbox.open, self._connection))
+        await self._request("read from", partial(inbox.open, self._underlay))
         self._inboxes.add(inbox)
         inbox.watch()
         return inbox
@@ -258,8 +285,11 @@ class RabbitTransport:
             try:
                 return await self.call(request)
             except ChannelNotFoundEntity as error:
-                if not _tells(error, "home node") or clock() > until:
+                why = refusals.homeless(str(error))
+                if not why:
                     raise self._refusal(error, deed) from error
+                if clock() > until:
+                    raise QueueLost(f"{self._name}: cannot {deed} that: {why}") from error
                 await asyncio.sleep(RETRY_S)
             except REFUSED as error:
                 raise self._refusal(error, deed) from error
@@ -276,11 +306,12 @@ class RabbitTransport:
 async def _declare(channel: AbstractChannel, thing: Declaration) -> None:
     match thing:
         case Exchange():
-            await channel.exchange_declare(thing.name, exchange_type="topic", durable=True)
+            await channel.declare_exchange(thing.name, ExchangeType.TOPIC, durable=True)
         case Binding():
-            await channel.queue_bind(thing.destination, thing.exchange, thing.pattern)
+            destination = await channel.get_queue(thing.destination, ensure=False)
+            await destination.bind(thing.exchange, thing.pattern)
         case Queue() | Stream():
-            await channel.queue_declare(thing.name, durable=True, arguments=arguments_of(thing))
+            await channel.declare_queue(thing.name, durable=True, arguments=arguments_of(thing))
 
 
 class _Inbox(WaitingInbox):
@@ -293,9 +324,9 @@ class _Inbox(WaitingInbox):
         self._prefetch = prefetch
         self._fresh: deque[DeliveredMessage] = deque()
         self._arguments: Arguments = {}
-        self._channel: AbstractChannel
+        self._channel: UnderlayChannel
 
-    async def open(self, connection: AbstractConnection) -> None:
+    async def open(self, connection: UnderlayConnection) -> None:
         self._channel = await connection.channel(publisher_confirms=False)
         try:
             if self._prefetch:
@@ -324,13 +355,13 @@ class _Inbox(WaitingInbox):
         self._fresh.append(message)
         self.wake()
 
-    def _on_cancel(self, frame: aiormq.spec.Basic.Cancel) -> None:
+    def _on_cancel(self, frame: spec.Basic.Cancel) -> None:
         del frame
         self.leave("it was deleted, or its node is gone: declare it again")
 
     def _on_closing(self, closing: asyncio.Future[Any]) -> None:
         error = None if closing.cancelled() else closing.exception()
-        self.leave(f"its channel was closed ({_text(error)}): consume or read again")
+        self.leave(refusals.channel_closed(_text(error)))
 
     def _depart(self) -> None:
         self._transport.leave(self)
@@ -347,6 +378,9 @@ class _Consumer(_Inbox):
         if not self._fresh:
             return None
         message = self._fresh.popleft()
+        if "x-stream-offset" in _headers(message):
+            self.leave("it is a stream and cannot be consumed: read it")
+            self._check()
         self._unsettled.add(_tag(message))
         before = max(int(_headers(message).get("x-delivery-count", 0)), int(bool(message.redelivered)))
         return _delivery(message, partial(self._settle, _tag(message)), delivery_count=before)
@@ -377,6 +411,9 @@ class _Reader(_Inbox):
     def _take(self) -> Delivery | None:
         while self._fresh:
             message = self._fresh.popleft()
+            if "x-stream-offset" not in _headers(message):
+                self.leave("it is a queue and cannot be read: consume it")
+                self._check()
             self._acknowledge(_tag(message))
             offset = int(_headers(message)["x-stream-offset"])
             if offset >= self._first:  # RabbitMQ begins with a whole chunk

@@ -36,7 +36,7 @@ async def publish(
 ) -> None:
     """Publishes until it is confirmed, `attempts` times at the most: it may arrive more than once.
 
-    Raises the last PublishFailed; ConnectionLost, Unroutable and AccessRefused at once.
+    Raises the last PublishFailed; ConnectionLost, Unroutable, AccessRefused and MessageTooLarge at once.
     """
     for failures in range(attempts - 1):
         try:

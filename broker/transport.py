@@ -102,11 +102,14 @@ class Transport(Protocol):
         """Publishes a persistent message and returns once the broker has taken responsibility for it.
 
         `exchange` "" is the default exchange: `key` names a queue or stream. After PublishFailed or
-        ConnectionLost the message may or may not have arrived. Raises Unroutable, AccessRefused.
+        ConnectionLost the message may or may not have arrived. Raises Unroutable, AccessRefused, MessageTooLarge.
         """
 
     async def consume(self, queue: str, *, prefetch: int = 0) -> Inbox:
-        """Takes messages from a queue; each must be acked or rejected. `prefetch` 0 sets no limit."""
+        """Takes messages from a queue; each must be acked or rejected. `prefetch` 0 sets no limit.
+
+        A stream cannot be consumed, nor a queue read: that raises TransportError here or at the first delivery.
+        """
 
     async def read(self, stream: str, *, offset: StreamOffset, prefetch: int = 64) -> Inbox:
         """Reads a stream from `offset` on; an older one than is kept starts at the oldest kept.

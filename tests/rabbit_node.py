@@ -15,6 +15,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -35,7 +37,7 @@ from broker.topology import AGGREGATOR, Topology
 PROGRAMS = Path("/usr/lib/rabbitmq/bin")  # not the wrappers in /usr/sbin, which change the user
 SERVER = PROGRAMS / "rabbitmq-server"
 READY_S = 120.0
-FEDERATIONS = [f"t-{number:03}" for number in range(150)]
+FEDERATIONS = [f"t-{number:03}" for number in range(220)]
 SET_UP = "set-up"  # this one is there when the node has booted
 FOREIGN = "foreign"  # p-1 takes no part in this one
 OPERATOR = "operator"  # may do everything
@@ -124,20 +126,35 @@ class Node:
         return self.directory.joinpath("output").read_text(errors="replace")
 
     def settle(self) -> None:
-        """Writes down which quorum queues and streams there are, as RabbitMQ 3.10 does only every three minutes.
+        """Writes down which quorum queues and streams there are, as RabbitMQ 3.10 does some seconds later.
 
-        One that was declared later than that is lost to a kill -9, whatever it held: publishes to it are never
-        confirmed, and declaring it again says for ever that its home node is down.
+        A kill -9 before that loses what it held: test_rabbitmq_loss.py shows how.
         """
-        assert self.control("eval", "[ok = dets:sync(Table) || Table <- dets:all()].")
+        self.evaluate("[ok = dets:sync(Table) || Table <- dets:all()].")
 
-    def control(self, *arguments: str) -> bool:
-        """Runs rabbitmqctl; whether that succeeded."""
-        command = [str(PROGRAMS / "rabbitmqctl"), *arguments]
+    @contextmanager
+    def changed(self, **settings: int) -> Iterator[None]:
+        """Other values of its settings for a while, for channels that are opened meanwhile."""
+        before = {name: self.evaluate(f"{{ok, V}} = application:get_env(rabbit, {name}), V.") for name in settings}
+        self._set(settings)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, settings: Mapping[str, object]) -> None:
+        self.evaluate(",".join(f"ok = application:set_env(rabbit, {n}, {v})" for n, v in settings.items()) + ".")
+
+    def evaluate(self, erlang: str) -> str:
+        return self.control("eval", erlang)
+
+    def control(self, *command: str) -> str:
+        """What rabbitmqctl says. It takes seconds."""
+        line = [str(PROGRAMS / "rabbitmqctl"), "--quiet", *command]
         done = subprocess.run(
-            command, env=self.environment, cwd=self.directory, check=False, capture_output=True, timeout=READY_S
+            line, env=self.environment, cwd=self.directory, check=True, capture_output=True, text=True
         )
-        return done.returncode == 0
+        return done.stdout.strip()
 
     def kill(self) -> None:
         """kill -9: no farewell to anybody, nothing flushed."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from contract_steps import KIB, Connect, bodies, is_quiet, numbered, receive, receive_all, send
+from contract_steps import KIB, SOON_S, Connect, bodies, is_quiet, numbered, receive, receive_all, send
 
 from broker.errors import ConnectionLost, TransportError
 from broker.topology import Topology
-from broker.transport import Binding, Exchange, Stream, StreamOffset, Transport
+from broker.transport import Binding, Exchange, Queue, Stream, StreamOffset, Transport
 
 MIB = KIB * KIB
 
@@ -126,6 +126,24 @@ async def test_a_deleted_stream_starts_again_at_zero(transport: Transport, log: 
     await transport.declare(Stream(log, max_bytes=MIB, segment_bytes=MIB))
     await send(transport, log, b"again")
     assert (await receive(await transport.read(log, offset="first"))).offset == 0
+
+
+async def test_a_stream_cannot_be_consumed_nor_a_queue_read(transport: Transport, log: str, queue: str) -> None:
+    await transport.declare(Queue(queue))
+    await send(transport, queue, b"kept")
+
+    async def consume(prefetch: int) -> None:
+        inbox = await transport.consume(log, prefetch=prefetch)
+        await send(transport, log, b"10")
+        await inbox.get(SOON_S)
+
+    async def read() -> None:
+        inbox = await transport.read(queue, offset="first")
+        await inbox.get(SOON_S)
+
+    for wrong, name in ((consume(5), log), (consume(0), log), (read(), queue)):
+        with pytest.raises(TransportError, match=name):
+            await wrong
 
 
 async def test_cancelling_a_get_loses_nothing(transport: Transport, log: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
 import tempfile
 import tomllib
 from pathlib import Path
@@ -237,7 +238,10 @@ def follow(remedy: str, node: Node, *names: str) -> None:
     assert evaluated
     for name in names:
         expression = evaluated[1].replace("VHOST", "/").replace("NAME", name)
-        assert node.control("delete_queue", name) or node.control("eval", expression)
+        try:
+            node.control("delete_queue", name)
+        except subprocess.CalledProcessError:
+            node.evaluate(expression)
 
 
 class TestDefinitions:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from broker.errors import AccessRefused, ConfigError, ConnectionLost, PublishFailed, TransportError
-from broker.rabbitmq import RabbitBroker, RabbitSettings, check_broker
+from broker.errors import (
+    AccessRefused,
+    ConfigError,
+    ConnectionLost,
+    MessageTooLarge,
+    PublishFailed,
+    TransportError,
+)
+from broker.rabbitmq import CLOSE_S, RabbitBroker, RabbitSettings, check_broker
+from broker.retry import publish
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Queue, Stream, Transport
 from tests.proxy import proxied
-from tests.rabbit_node import Rabbit, password
+from tests.rabbit_node import Node, Rabbit, password
 
 pytestmark = pytest.mark.xdist_group("rabbitmq")
 
@@ -120,6 +130,112 @@ async def test_nothing_overtakes(rabbit: Rabbit, topology: Topology) -> None:
     await transport.close()
 
 
+async def test_closing_ends_although_nothing_passes(rabbit: Rabbit, topology: Topology) -> None:
+    """What was to be sent fills every buffer on the way, so even the farewell cannot leave."""
+    async with proxied(rabbit.url.port or 5672) as proxy:
+        transport = await rabbit.broker(port=proxy.port).connect(AGGREGATOR, purpose="close")
+        await transport.declare(Queue(topology.rejected))
+        await transport.publish("", topology.rejected, b"")
+        proxy.freeze()
+        publishing = asyncio.ensure_future(transport.publish("", topology.rejected, bytes(50 << 20), timeout_s=60))
+        await asyncio.sleep(0.2)
+        async with asyncio.timeout(2 * CLOSE_S):
+            await transport.close()
+        with pytest.raises(ConnectionLost):
+            await publishing
+
+
+class Counting:
+    """Counts how often something is published."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self.calls = 0
+
+    async def publish(self, *args: Any, **kwargs: Any) -> None:
+        self.calls += 1
+        await self.transport.publish(*args, **kwargs)
+
+
+class TestLimits:
+    """Of RabbitMQ itself. Whoever meets one is told which, and what can be done."""
+
+    @pytest.fixture
+    def node(self, rabbit: Rabbit) -> Node:
+        if rabbit.node is None:
+            pytest.skip("the broker that FLUFFLE_AMQP_URL names is not ours to change")
+        return rabbit.node
+
+    @pytest.fixture
+    def small(self, node: Node) -> Iterator[None]:
+        with node.changed(max_message_size=1000):
+            yield
+
+    @pytest.mark.usefixtures("small")
+    async def test_a_message_that_is_too_large(self, rabbit: Rabbit, topology: Topology) -> None:
+        transport = await rabbit.broker().connect(AGGREGATOR, purpose="size")
+        await transport.declare(Queue(topology.rejected))
+        with pytest.raises(MessageTooLarge, match=r"1001 bytes.* 1000 .*max_message_size.*broker.chunk_bytes"):
+            await transport.publish("", topology.rejected, bytes(1001))
+        outcomes = await asyncio.gather(
+            *(transport.publish("", topology.rejected, bytes(n)) for n in (10, 2000, 1000)), return_exceptions=True
+        )
+        assert isinstance(outcomes[1], MessageTooLarge)
+        assert {type(outcomes[0]), type(outcomes[2])} <= {type(None), PublishFailed}, "they may be tried again"
+        await transport.publish("", topology.rejected, bytes(1000))
+        await transport.close()
+
+    @pytest.mark.usefixtures("small")
+    async def test_it_is_not_tried_again(self, rabbit: Rabbit, topology: Topology) -> None:
+        transport = await rabbit.broker().connect(AGGREGATOR, purpose="size")
+        await transport.declare(Queue(topology.rejected, max_length=1))
+        counting = Counting(transport)
+        with pytest.raises(MessageTooLarge):
+            await publish(counting, "", topology.rejected, bytes(2000))
+        assert counting.calls == 1
+        await transport.close()
+
+    @pytest.fixture
+    def impatient(self, node: Node) -> Iterator[None]:
+        with node.changed(consumer_timeout=1000, channel_tick_interval=200):
+            yield
+
+    @pytest.mark.usefixtures("impatient")
+    @pytest.mark.parametrize("replicated", [False, True])
+    async def test_a_delivery_that_is_held_too_long(
+        self, rabbit: Rabbit, topology: Topology, *, replicated: bool
+    ) -> None:
+        transport = await rabbit.broker().connect(AGGREGATOR, purpose="hold")
+        await transport.declare(Queue(topology.rejected, replicated=replicated))
+        inbox = await transport.consume(topology.rejected)
+        await transport.publish("", topology.rejected, b"held")
+        delivery = await inbox.get(5)
+        assert delivery is not None
+        told = r"longer than the 1 s .*consumer_timeout in rabbitmq.conf.* broker.refresh_s"
+        with pytest.raises(ConnectionLost, match=told):
+            await inbox.get(10)
+        with pytest.raises(ConnectionLost, match=told):
+            await delivery.ack()
+        again = await (await transport.consume(topology.rejected)).get(5)
+        assert again is not None
+        assert again.delivery_count > 0
+        await transport.close()
+
+    @pytest.fixture
+    def one_connection(self, node: Node) -> Iterator[str]:
+        """A user that may have one connection."""
+        node.control("set_user_limits", "p04", '{"max-connections": 1}')
+        yield "p04"
+        node.control("clear_user_limits", "p04", "max-connections")
+
+    async def test_too_many_connections(self, rabbit: Rabbit, one_connection: str) -> None:
+        broker = rabbit.broker()
+        transport = await broker.connect(one_connection, purpose="first")
+        with pytest.raises(ConnectionLost, match=r"p04.*too many connections.*list_user_limits"):
+            await broker.connect(one_connection, purpose="second")
+        await transport.close()
+
+
 class TestConnecting:
     async def test_wrong_password(self, rabbit: Rabbit) -> None:
         broker = RabbitBroker(str(rabbit.url), lambda user: "wrong")
@@ -133,6 +249,16 @@ class TestConnecting:
         transport = await broker.connect("p-1", purpose="test")
         assert transport.user == "p-1"
         await transport.close()
+
+    async def test_an_address_without_a_name_is_that_of_whoever_connects(self, rabbit: Rabbit) -> None:
+        url = rabbit.url.with_user(None)
+        with_password = str(url.with_password(password("p-1")))
+        for broker in (RabbitBroker(str(url), password), RabbitBroker(with_password)):
+            transport = await broker.connect("p-1", purpose="test")
+            assert transport.user == "p-1"
+            await transport.close()
+        with pytest.raises(AccessRefused, match=r"p-2.*password"):
+            await RabbitBroker(with_password).connect("p-2", purpose="test")
 
     async def test_nobody_there_and_an_unknown_virtual_host(self, rabbit: Rabbit) -> None:
         with pytest.raises(ConnectionLost, match="is RabbitMQ running"):
