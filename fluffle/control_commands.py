@@ -88,7 +88,7 @@ def list_participants(http: str) -> None:
 @participants.command()
 @participant_argument
 @operates
-def remove(name: str, asked: Asked) -> None:
+def remove(asked: Asked, name: str) -> None:
     """Ask NAME no more and refuse what it sends, in this run and all that follow.
 
     Its user at the broker stays: delete it there, too, if it shall not even connect.
@@ -99,7 +99,7 @@ def remove(name: str, asked: Asked) -> None:
 @participants.command()
 @participant_argument
 @operates
-def admit(name: str, asked: Asked) -> None:
+def admit(asked: Asked, name: str) -> None:
     """Let NAME take part again after it was removed."""
     send(asked, "admit", name)
 
