@@ -30,7 +30,7 @@ PROGRAMS = Path("/usr/lib/rabbitmq/bin")  # not the wrappers in /usr/sbin, which
 SERVER = PROGRAMS / "rabbitmq-server"
 READY_S = 120.0
 FEDERATIONS = [f"t-{number:03}" for number in range(150)]
-PARTICIPANTS = ["p-1", "p-2", "p01", "p02", "p03", "p04"]
+PARTICIPANTS = ["p-1", "p-2", "p01", "p02", "p03", "p04", "p05"]
 HOSTNAME = "localhost"
 
 

@@ -168,6 +168,7 @@ class Worker:
                 if (held := self._held) and not held.sent:
                     await self._link.deliver(held)  # meanwhile an order may settle it
                     held.sent = True
+                    self._notice("update_sent", task=held.update.task)
                 if self._stopping.is_set():
                     return
                 if self._order and self._is_to_do(self._order.told):
