@@ -32,7 +32,7 @@ from aggregator.history import History
 from aggregator.settings import RunSettings
 from broker.head import Decision
 from broker.topology import AGGREGATOR, Topology
-from fluffle.config import BrokerSection, Config, RunSection
+from fluffle.config import BrokerSection, Config, DataSection, RunSection, TrainSection
 from fluffle.layers import to_toml
 from tests.rabbit_node import Rabbit, password
 from tests.tasks_for_processes import TASK, Pace
@@ -44,6 +44,15 @@ TAIL_LINES = 25
 LEADER = "leader"
 
 
+class Containing(str):
+    """Stands for every text that it is a part of: `wait_for("not_connected", reason=Containing("not set up"))`."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and str.__contains__(other, self)
+
+    __hash__ = str.__hash__
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One line of a log. `at` is when it was read, as `time.monotonic` has it."""
@@ -53,7 +62,7 @@ class Event:
     at: float
 
     def is_one(self, name: str, fields: Mapping[str, Any]) -> bool:
-        return self.name == name and all(self.fields.get(key) == value for key, value in fields.items())
+        return self.name == name and all(value == self.fields.get(key) for key, value in fields.items())
 
 
 class Log:
@@ -102,9 +111,12 @@ class Log:
 class Process:
     """One command, as often as it is started. Its log is that of the newest start."""
 
-    def __init__(self, name: str, arguments: Sequence[str], among: Deployment) -> None:
+    def __init__(
+        self, name: str, arguments: Sequence[str], among: Deployment, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self.arguments = arguments
+        self.environment = environment or {}
         self._among = among
         self._popen: subprocess.Popen[bytes]
         self.log: Log
@@ -124,8 +136,8 @@ class Process:
 
     def start(self) -> Process:
         self._popen = subprocess.Popen(
-            (*FLUFFLE, *self.arguments), cwd=self._among.directory, env=self._among.environment,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            (*FLUFFLE, *self.arguments), cwd=self._among.directory,
+            env={**self._among.environment, **self.environment}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
         assert self._popen.stderr
         self.log = Log(self._popen.stderr, self._among.directory / f"{self.name}.log")
@@ -215,13 +227,11 @@ class Deployment:
         ours = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         return {name: value for name, value in os.environ.items() if not name.startswith("FLUFFLE_BROKER")} | ours
 
-    def aggregator(
-        self, run: RunSettings, *options: str, name: str = LEADER, task: str = TASK, initial: str = ""
-    ) -> Process:
-        """Starts one for that run. One of another name is the standby, with a run directory of its own."""
+    def aggregator(self, run: RunSettings, *options: str, name: str = LEADER, **environment: str) -> Process:
+        """Starts one for that run. One of another name has a run directory of its own: a standby, perhaps."""
         file = self.directory / f"{run.run_id}.toml"
-        file.write_text(self.run_toml(run, task, initial))
-        process = Process(name, (), self)
+        file.write_text(self.run_toml(run))
+        process = Process(name, (), self, environment)
         paths = ("--run-dir", str(process.run_dir), "--json", str(process.json_file))
         process.arguments = ("aggregator", str(file), *self._broker(AGGREGATOR), *paths, *options)
         return self.start(process)
@@ -235,6 +245,12 @@ class Deployment:
 
     def workers(self, *participants: str, task: str = TASK) -> list[Process]:
         return [self.worker(participant, task=task) for participant in participants]
+
+    def run(self, *arguments: str) -> Process:
+        """Any other command, to its end."""
+        process = self.start(Process(arguments[0], arguments, self))
+        process.exit_code()
+        return process
 
     def start(self, process: Process) -> Process:
         if process.name in self.processes:
@@ -273,10 +289,12 @@ class Deployment:
         for process in self.processes.values():
             process.end()
 
-    def run_toml(self, run: RunSettings, task: str, initial: str) -> str:
+    def run_toml(self, run: RunSettings) -> str:
         config = Config(
-            task=task,
-            run=RunSection(id=run.run_id, seed=run.seed, initial=initial),
+            task=run.learning_task or TASK,
+            run=RunSection(id=run.run_id, seed=run.seed),
+            data=DataSection(partition=run.data.get("partition", "iid")),
+            train=TrainSection(**run.train),
             broker=BrokerSection(federation=self.topology.federation, **run.broker.model_dump()),
             **{name: getattr(run, name) for name in ("round", "stop", "evaluation", "strategy")},
         )

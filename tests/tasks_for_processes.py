@@ -16,7 +16,6 @@ from tests.federation import Pull
 from workers.task import TrainConfig, TrainResult
 
 TASK = f"{__name__}:make"
-FAILING = f"{__name__}:make_failing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +67,3 @@ class Paced(Pull):
 
 def make(participant: str, data: str) -> Paced:
     return Paced(participant, Pace(**json.loads(data or "{}")))
-
-
-class Failing(Pull):
-    """Never gets anywhere."""
-
-    def train(self, arrays: Arrays, config: TrainConfig) -> TrainResult:
-        raise ValueError("no such column: age")
-
-
-def make_failing(participant: str, data: str) -> Failing:
-    return Failing(participant)

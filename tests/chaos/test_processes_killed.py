@@ -55,7 +55,8 @@ class Scene:
         return self.federation.processes["p03"]
 
     def reach_the_middle(self) -> None:
-        self.federation.aggregator(RUN).wait_for("leading")
+        self.federation.set_up()
+        self.federation.aggregator(RUN)
         answering = self.federation.workers("p01", "p02")
         self.federation.worker("p03", pace=self.gate.pace(MIDDLE)).wait_for("work_begun", round=MIDDLE)
         for worker in answering:
