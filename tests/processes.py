@@ -8,7 +8,8 @@
         leader.start()
         result = leader.result()
 
-Every wait has a deadline. One that passes, or a process that ends too early, fails the test with the end of every log.
+Every wait has a deadline. One that passes, or a process that ends too early, fails the test with the end of every
+log.
 """
 
 from __future__ import annotations
@@ -136,9 +137,13 @@ class Process:
 
     def start(self) -> Process:
         self._popen = subprocess.Popen(
-            (*FLUFFLE, *self.arguments), cwd=self._among.directory,
-            env={**self._among.environment, **self.environment}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            (*FLUFFLE, *self.arguments),
+            cwd=self._among.directory,
+            env={**self._among.environment, **self.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         assert self._popen.stderr
         self.log = Log(self._popen.stderr, self._among.directory / f"{self.name}.log")
         return self
@@ -322,7 +327,7 @@ def tail(process: Process) -> str:
     """The end of a log, one line an event."""
     events = iter(process.log.events)
     lines = [shown(next(events)) if line.startswith("{") else line for line in process.log.lines]
-    return "\n".join(lines[-TAIL_LINES:])
+    return "\n".join("\n".join(lines).splitlines()[-TAIL_LINES:])
 
 
 def shown(event: Event) -> str:
