@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from aggregator.settings import RunSettings
+from benchmarks.large_model import Plan, measure
 from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
 from broker.topology import Topology
@@ -148,14 +149,16 @@ def test_a_worker_waits_for_the_broker_and_for_the_federation_and_says_so(
     node = our_node(rabbit)
     node.kill()
     try:
-        worker = federation.worker("p01")
-        worker.wait_for("not_connected", reason=Containing("is RabbitMQ running there"))
+        early = federation.worker("p01")
+        early.wait_for("not_connected", reason=Containing("is RabbitMQ running there"))
     finally:
         node.start()
-    worker.wait_for("not_connected", reason=Containing("is not set up yet"))
-    leader = federation.aggregator(settings(1, rounds=2, broker=WAITS))
-    worker.wait_for("connected")
-    assert leader.result()["updates"]["accepted"] == 2
+    later = federation.worker("p02")
+    later.wait_for("not_connected", reason=Containing("is not set up yet"))
+    leader = federation.aggregator(settings(2, rounds=2, broker=WAITS))
+    assert leader.result()["updates"]["accepted"] == 4
+    assert early.all("connected")
+    assert later.all("connected")
 
 
 # -- deadlines and quorum: as on the embedded broker ------------------------------------------------------------
@@ -202,7 +205,7 @@ def as_processes(run: RunSettings, paces: dict[str, Pace], federation: Deploymen
     return Outcome(rounds, fates(federation.decisions(run)), result["model_sha256"])
 
 
-@pytest.mark.parametrize("late", ["discard", "fold"])
+@pytest.mark.parametrize("late", ["discard", pytest.param("fold", marks=pytest.mark.slow)])
 def test_a_deadline_with_quorum_does_what_it_does_on_the_embedded_broker(
     federation: Deployment, tmp_path: Path, late: str
 ) -> None:
@@ -218,6 +221,17 @@ def test_a_deadline_with_quorum_does_what_it_does_on_the_embedded_broker(
         assert outcome == beside.result()
     assert outcome.rounds == [(4, 0), (3, 1), (3, 1), (3, 1)]
     assert {fate[2] for fate in outcome.fates if fate[0] == "p01"} == {"late"}
+
+
+# -- a large model ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_large_model_goes_round_with_the_bits_of_its_sums(federation: Deployment) -> None:
+    """The benchmark, with a model of a tenth of its size. `measure` compares the digest."""
+    report = measure(Plan(mb=10, rounds=2), federation)
+    assert len(report["seconds_per_round"]) == 2
+    assert all(peak > 0 for who, peak in report["peak_rss_mb"].items() if who != "rabbitmq")
 
 
 # -- misuse, in words -------------------------------------------------------------------------------------------
