@@ -222,10 +222,10 @@ class Process:
 class Deployment:
     """The processes of one federation. They run in `directory`, where their logs are, too."""
 
-    rabbit: Rabbit
+    rabbit: Rabbit = field(repr=False)
     directory: Path
     topology: Topology
-    processes: dict[str, Process] = field(default_factory=dict)
+    processes: dict[str, Process] = field(default_factory=dict, repr=False)
 
     @property
     def environment(self) -> dict[str, str]:

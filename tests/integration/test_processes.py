@@ -135,7 +135,8 @@ def test_a_worker_that_was_off_for_ten_rounds_takes_part_in_the_current_one(
     worker.kill()
     early.open()
     leader.wait_for("round_closed", round=12)
-    assert messages_in(our_node(rabbit), federation.topology.inbox("p03")) <= 1
+    kept_for_it = messages_in(our_node(rabbit), federation.topology.inbox("p03"))
+    assert kept_for_it <= 1
     worker.start()
     worker.wait_for("update_settled", task=13, fate="counted")
     late.open()
