@@ -29,7 +29,7 @@ from aggregator.status import RunStatus
 from aggregator.strategies import make_strategy
 from aggregator.takeover import Takeover, commit
 from broker import tensors
-from broker.errors import BadMessage, LeadershipLost, TaskError, TransportError
+from broker.errors import AccessRefused, BadMessage, LeadershipLost, MessageTooLarge, TaskError, TransportError
 from broker.head import ClosedRound, HeadRecord
 from broker.messages import (
     Barrier,
@@ -65,16 +65,23 @@ class Aggregator:
         self._lead: Lead | None = None
         self._term: Term | None = None
         self._trouble = "connecting"
+        self._welcome = False
         make_strategy(job.settings.strategy, job.settings.round)  # an unknown one is refused before anything starts
 
     async def run(self) -> HeadRecord:
-        """Returns the last record once the run is finished. A lost connection or lead begins a new term."""
+        """Returns the last record once the run is finished. A lost connection or lead begins a new term.
+
+        Raises AccessRefused if it was refused before it ever got in, for then name or password are wrong; and
+        MessageTooLarge, for the next term would send the same.
+        """
         archive = await asyncio.to_thread(Archive, self._directory)
         try:
             while True:
                 try:
                     return await self._lead_once(archive)
                 except (LeadershipLost, TransportError) as lost:
+                    if isinstance(lost, MessageTooLarge) or (isinstance(lost, AccessRefused) and not self._welcome):
+                        raise
                     self._lead, self._term, self._trouble = None, None, str(lost)
                     pause_s = self._backoff.next_s()
                     log.warning("term_ended", reason=str(lost), next_try_s=round(pause_s, 2))
@@ -97,6 +104,7 @@ class Aggregator:
             writer = await self._broker.connect(AGGREGATOR, purpose="publish")
             try:
                 await writer.declare(*topology.aggregator_declarations())
+                self._welcome = True
                 name = f"{os.getpid()}-{secrets.token_hex(4)}"
                 self._lead = Lead(reader, writer, topology, name, settings.broker.patience_s)
                 lead = await self._lead.acquire()

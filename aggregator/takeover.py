@@ -58,6 +58,7 @@ class Takeover:
         if record.model is None:
             raise StateError(f"the record of run {record.run_id!r} names no model: give it up with --abandon")
         blob, on_broker = await self._models.get(record.model, self._lead.payload)
+        await self._archive.store(record.model.sha256, blob)  # whoever led before had another disk
         if not on_broker:
             where = await self._models.put(record.run_id, blob)
             await commit(self._lead, record.with_(model=where), blob)

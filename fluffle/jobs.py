@@ -16,7 +16,7 @@ from broker.tensors import Arrays
 from broker.topology import AGGREGATOR
 from fluffle.config import Config, Defaults, Layer, taken_on_trust
 from fluffle.rundir import load_model
-from workers.task import LearningTask
+from workers.task import LearningTask, is_learning_task
 from workers.tasks import find_object
 
 if TYPE_CHECKING:  # brings torch
@@ -50,7 +50,7 @@ def run_job(config: Config) -> Job:
         return Job(config.run_settings(), initial, metric=config.evaluation.metric or "loss")
     task = _task_named(config.task)
     if _is_plain(task):
-        judge: LearningTask = task if isinstance(task, LearningTask) else task(AGGREGATOR, "")
+        judge: LearningTask = task if is_learning_task(task) else task(AGGREGATOR, "")
         return _job(config, judge, initial, "loss")
     from fluffle.learning import shares_of
 
@@ -98,7 +98,7 @@ def _is_self_sufficient(initial: object, mode: object) -> bool:
 
 def _is_plain(task: object) -> bool:
     """Whether it is no TaskDefinition, but a learning task or what makes one."""
-    return isinstance(task, LearningTask) or callable(task)
+    return is_learning_task(task) or callable(task)
 
 
 def _task_named(name: str) -> Any:

@@ -41,7 +41,7 @@ FEDERATIONS = [f"t-{number:03}" for number in range(220)]
 SET_UP = "set-up"  # this one is there when the node has booted
 FOREIGN = "foreign"  # p-1 takes no part in this one
 OPERATOR = "operator"  # may do everything
-PARTICIPANTS = ["p-1", "p-2", "p01", "p02", "p03", "p04"]
+PARTICIPANTS = ["p-1", "p-2", "p01", "p02", "p03", "p04", "p05"]
 HOSTNAME = "localhost"
 
 

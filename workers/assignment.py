@@ -19,7 +19,7 @@ from broker.messages import TrainRound
 from workers.data import Dataset, split
 from workers.partition import Plan, Shard, share_out
 from workers.tables import read_examples
-from workers.task import LearningTask
+from workers.task import LearningTask, is_learning_task
 from workers.tasks import CATALOGUE, find_object
 
 if TYPE_CHECKING:  # brings torch
@@ -64,7 +64,7 @@ class Assignment:
 
     def _find(self, name: str, told: TrainRound) -> LearningTask:
         found = find_object(name)
-        if isinstance(found, LearningTask):
+        if is_learning_task(found):
             return found
         if callable(found):
             return _made(found, name, self._holding)
@@ -117,7 +117,7 @@ def _shipped(name: str) -> str:
 
 def _made(make: Callable[..., Any], name: str, holding: Holding) -> LearningTask:
     task = make(holding.participant, holding.data)
-    if not isinstance(task, LearningTask):
+    if not is_learning_task(task):
         raise ConfigError(f"task {name!r}: called with participant and data, it gave {task!r}, no learning task")
     return task
 

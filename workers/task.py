@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,11 @@ class LearningTask(Protocol):
 
     def evaluate(self, arrays: Arrays) -> Evaluation:
         """Measures `arrays` (read-only) on local held-out data."""
+
+
+def is_learning_task(found: object) -> TypeGuard[LearningTask]:
+    """Whether it is one. A class whose instances are some has the same attributes, and is none."""
+    return isinstance(found, LearningTask) and not isinstance(found, type)
 
 
 def train_seed(run_seed: int, participant: str, round: int) -> int:  # noqa: A002 - the design's word

@@ -72,6 +72,7 @@ class Worker:
         self._settings = settings or WorkerSettings()
         self._link = Link(site.participant, broker, topology, self._settings)
         self._order: Order | None = None
+        self._is_news = True  # the order came from the broker; one from the journal may be long out of date
         self._held: Held | None = None
         self._training: TrainRound | None = None
         self._done = ("", 0, 0)  # run, task and attempt that need not be begun again
@@ -92,6 +93,7 @@ class Worker:
         if remembered.order is not None:
             told, payload = decode(remembered.order)
             self._order = Order(told, payload) if isinstance(told, TrainRound) else None
+            self._is_news = False
         async with asyncio.TaskGroup() as group:
             link = group.create_task(self._link.run(self), name=f"{self.participant} link")
             self._news.set()
@@ -108,6 +110,7 @@ class Worker:
 
     async def on_heartbeat(self) -> None:
         await self._link.send(Heartbeat(**self._status()))
+        self._is_news = True  # or there is nobody to give any
         self._news.set()  # whatever could not be done for want of the broker is tried again
 
     async def on_delivery(self, delivery: Delivery) -> None:
@@ -122,7 +125,7 @@ class Worker:
             return
         if self.participant in order.told.asked:
             await self.site.journal.save_order(delivery.body)
-        self._order = order
+        self._order, self._is_news = order, True
         await delivery.ack()
         await self._consider(order.told)
         if order.told.finished and same_run and before and not before.finished:
@@ -168,9 +171,10 @@ class Worker:
                 if (held := self._held) and not held.sent:
                     await self._link.deliver(held)  # meanwhile an order may settle it
                     held.sent = True
+                    self._notice("update_sent", task=held.update.task)
                 if self._stopping.is_set():
                     return
-                if self._order and self._is_to_do(self._order.told):
+                if self._order and self._is_news and self._is_to_do(self._order.told):
                     await self._do(self._order)
                     self._news.set()
             except (TransportError, BadMessage) as error:

@@ -67,9 +67,7 @@ def test_an_unknown_task_is_refused_with_near_names() -> None:
         find_task("mnist-longreg")
     with pytest.raises(ConfigError, match=r"importing 'no_such_package' failed with ModuleNotFoundError"):
         find_task("no_such_package:TASK")
-    with pytest.raises(
-        ConfigError, match=r"no TaskDefinition named 'LOGRE', did you mean 'LOGREG'\?; it has: LOGREG"
-    ):
+    with pytest.raises(ConfigError, match=r"has no task named 'LOGRE', did you mean 'LOGREG'\?; it has: LOGREG"):
         find_task("workers.tasks.mnist:LOGRE")
 
 

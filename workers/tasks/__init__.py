@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from broker.errors import ConfigError
-from workers.task import LearningTask
+from workers.task import is_learning_task
 
 if TYPE_CHECKING:
     from workers.torch_task import TaskDefinition
@@ -81,7 +81,7 @@ def _is_task(found: object) -> bool:
     """Whether it is a learning task, or the definition of one; without importing what defines those."""
     torch_task = sys.modules.get("workers.torch_task")
     is_definition = torch_task is not None and isinstance(found, torch_task.TaskDefinition)
-    return is_definition or (isinstance(found, LearningTask) and not inspect.isclass(found))
+    return is_definition or is_learning_task(found)
 
 
 def _near(name: str, known: Iterable[str]) -> str:
