@@ -95,7 +95,7 @@ class RabbitBroker:
         where = f"{name}: {url.host}:{url.port or url.scheme}"
         try:
             async with asyncio.timeout(self._settings.patience_s):
-                connection = await aio_pika.connect(url, client_properties={"connection_name": name})
+                connection = await _connected(url, name)
         except ProbableAuthenticationError as error:
             raise AccessRefused(
                 f"{where} refused user or password ({_text(error)}): correct the address"
@@ -114,7 +114,7 @@ class RabbitBroker:
         address, name = self._address(user), f"{user} probe"
         try:
             async with asyncio.timeout(self._settings.patience_s):
-                connection = await aio_pika.connect(address, client_properties={"connection_name": name})
+                connection = await _connected(address, name)
         except (AMQPError, OSError, TimeoutError, EOFError) as error:
             raise ConnectionLost(f"{name}: cannot connect once more ({_text(error)}): try again") from error
         return RabbitProbe(connection, self._settings)
@@ -131,6 +131,16 @@ class RabbitBroker:
                 f"names, so give {user!r} an address with a user of that name, or with none"
             )
         return url
+
+
+async def _connected(url: URL, name: str) -> AbstractConnection:
+    connection = aio_pika.Connection(url, client_properties={"connection_name": name})
+    try:
+        await connection.connect()
+    except BaseException:
+        await connection.close()  # else its finaliser would, at a time of its own
+        raise
+    return connection
 
 
 def _underlay(connection: AbstractConnection) -> UnderlayConnection:

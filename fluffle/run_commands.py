@@ -33,6 +33,7 @@ def aggregator(asked: Asked, abandon: str, from_checkpoint: bool, fresh: bool, j
     from fluffle.signals import Terminated
     from fluffle.text import summary
 
+    asked.configure_logs()
     check_target(json_target)
     config = asked.run_config()
     if config.broker.url == "memory":

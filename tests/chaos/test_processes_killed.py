@@ -19,7 +19,7 @@ from tests.processes import LEADER, Deployment, Process, deployment
 from tests.rabbit_node import Rabbit
 from tests.tasks_for_processes import Gate
 
-pytestmark = [pytest.mark.xdist_group("rabbitmq"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(300)]
 
 PARTICIPANTS, ROUNDS = 3, 6
 RUN = settings(PARTICIPANTS, ROUNDS, round={"deadline_s": 250.0}, broker={"patience_s": 20.0})

@@ -24,7 +24,7 @@ from tests.processes import ROOT, Containing, Deployment, Process, deployment
 from tests.rabbit_node import PROGRAMS, Node, Rabbit
 from tests.tasks_for_processes import Gate, Pace, make
 
-pytestmark = [pytest.mark.xdist_group("rabbitmq"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(300)]
 
 WAITS = {"patience_s": 20.0}
 
@@ -242,7 +242,9 @@ def refuses(process: Process, code: int, *words: str) -> None:
     """It ends by itself, with one line that names the thing and the remedy, and without a traceback."""
     assert process.exit_code() == code
     assert "Traceback" not in process.said
-    [line] = [line for line in process.said.splitlines() if not line.startswith("{")]
+    lines = [line for line in process.said.splitlines() if not line.startswith("{")]
+    assert len(lines) == 1, process.said
+    line = lines[0]
     assert line.startswith("fluffle: error: ")
     for word in words:
         assert word in line
@@ -269,6 +271,7 @@ def test_a_second_worker_on_the_same_journal_is_refused(federation: Deployment) 
 def test_a_wrong_password_is_told_in_words(federation: Deployment) -> None:
     wrong = federation.directory / "wrong.toml"
     wrong.write_text('p01 = "guessed"\naggregator = "guessed"\n')
+    wrong.chmod(0o600)
     refuses(federation.worker("p01", "--secrets", str(wrong)), 1, "refused user or password")
     refuses(federation.aggregator(settings(1), "--secrets", str(wrong)), 1, "refused user or password")
 

@@ -13,7 +13,7 @@ from fluffle.config import from_values, load_config
 from fluffle.crowd import check_credentials
 from tests.rabbit_node import PARTICIPANTS, Rabbit, password
 
-pytestmark = [pytest.mark.xdist_group("rabbitmq"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(240)]
 
 RUN = {"round.participants": 3, "data.partition": "dirichlet:0.5", "stop.rounds": 3}
 
