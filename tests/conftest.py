@@ -19,7 +19,7 @@ from tests.rabbit_node import Node, Rabbit, installed
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` a file stays in one process, and so does everything that needs RabbitMQ."""
+    """With `--dist loadgroup` a file stays in one process, and so does each group that needs RabbitMQ."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
