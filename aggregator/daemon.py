@@ -363,7 +363,8 @@ class Term:
                 case Step.GIVE_UP:
                     raise TaskError(f"everybody failed in round {self.round.open.round}: {self.last_failure}")
                 case Step.EXTEND if why := why_finished(self.head, self.settings, now):
-                    await self._commit(self.head.with_(open=None, finished=why))
+                    self.ledger.give_up(f"the run ended before its round closed: {why}")
+                    await self._commit_progress(self.head.with_(open=None, closed=None, finished=why))
                 case Step.EXTEND:
                     self._note("round_extended", round=self.round.open.round, missing=self.round.missing)
                     live = self.registry.live(now)

@@ -41,6 +41,12 @@ class Ledger:
             "late", update.participant, update.task, offset, weight=weight, staleness=staleness, reason=reason
         )
 
+    def give_up(self, reason: str) -> None:
+        """The open round will never close: what was summed in it goes into no version."""
+        self.settled |= {d.participant: (d.task, "late") for d in self.decided if d.weight}
+        late = {"verdict": "late", "weight": 0, "reason": reason[:200]}
+        self.decided = [d.model_copy(update=late) if d.weight else d for d in self.decided]
+
     def duplicate(self, update: UpdateReady, offset: int, reason: str) -> None:
         self._list("duplicate", update.participant, update.task, offset, reason=reason)
 

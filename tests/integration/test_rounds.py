@@ -520,6 +520,22 @@ async def test_a_run_ends_when_it_should(
     assert (head.finished, head.round, len(federation.reports)) == (why, rounds, rounds)
 
 
+async def test_an_update_of_a_round_that_never_closed_is_accounted_for(federation: Federation) -> None:
+    """The run's time is up while its round waits for somebody slow."""
+    run = settings(3, rounds=6, stop={"max_seconds": 1.0}, round={"deadline_s": 0.7})
+    async with running(federation, run) as job:
+        job.crowd.start("p01", "p02")
+        job.crowd.start("p03", lag_s=20.0)
+        head = await job.aggregator
+    assert (head.finished, head.version) == ("1 seconds passed", 0)
+    ledger = await federation.ledger()
+    assert sorted((d.participant, d.task, d.verdict, d.weight) for d in ledger) == [
+        ("p01", 1, "late", 0), ("p02", 1, "late", 0),
+    ]  # fmt: skip
+    assert "the run ended before its round closed: 1 seconds passed" in ledger[0].reason
+    assert head.settled == {"p01": (1, "late"), "p02": (1, "late")}
+
+
 # -- runs that follow, go on, or are given up -----------------------------------------------------------------
 
 
