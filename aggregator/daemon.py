@@ -22,6 +22,7 @@ from aggregator.judge import judge, weight_of
 from aggregator.lead import Lead
 from aggregator.ledger import Ledger, weighted_means
 from aggregator.models import Models
+from aggregator.pace import grown
 from aggregator.progress import best_of, evaluation_due, why_finished
 from aggregator.registry import Registry
 from aggregator.round import Round, Step
@@ -134,6 +135,7 @@ class Term:
         self.model: tensors.Arrays = {}
         self.round: Round | None = None
         self.removed: set[str] = set()  # as of the message that is read
+        self.arrived_s: dict[str, float] = {}  # after the round was opened
         self.end = self.position = self.bytes_up = 0
         self.began = self.refresh_at = 0.0
         self.last_failure = ""
@@ -187,6 +189,7 @@ class Term:
         """Forgets what was decided since the record, or begins what it opened."""
         self.ledger, self.position = Ledger(self.head), self.head.updates_from
         self.round = Round(self.head.open, self.settings.round) if self.head.open else None
+        self.arrived_s.clear()
         self.removed = set(control.removed_at_offset(self.head))
         if self.round and self.round.open.work == "train":
             self.strategy.start(self.model)
@@ -258,6 +261,8 @@ class Term:
                 weight = await self._fold(update, payload, 0)
                 self.ledger.counted(update, offset, weight)
                 self.round.accept(update.participant, weight)
+                if self.caught_up:  # what is read again came at another time
+                    self.arrived_s[update.participant] = self.around.clock() - self.round.open.opened
 
     async def _fold(self, update: UpdateReady, payload: memoryview, staleness: int) -> int:
         """Adds the update's arrays, if it has any, to the open round's sum; returns the weight."""
@@ -379,7 +384,7 @@ class Term:
         metrics = weighted_means(self.ledger.metrics, "train_" if opened.work == "train" else "")
         record = self.head.with_(round=opened.round, metrics={**self.head.metrics, **metrics})
         if opened.work == "train":
-            record = await self._new_version(record.with_(metrics=metrics))
+            record = await self._new_version(record.with_(metrics=metrics, pace=self._pace(closing, now)))
         if self.job.metric in record.metrics:
             record = record.with_(best=best_of(record, self.job.metric))
         closed = ClosedRound(
@@ -393,6 +398,11 @@ class Term:
         self.around.on_report(report_of(self.head, closed))
         if not self.head.finished:
             await self._announce()
+
+    def _pace(self, closing: Round, now: float) -> tuple[float, ...]:
+        if self.settings.round.deadline == "fixed":
+            return ()
+        return grown(self.head.pace, self.arrived_s.values(), len(closing.missing), now - closing.open.opened)
 
     async def _new_version(self, record: HeadRecord) -> HeadRecord:
         """The record with the round's new model, stored and measured but not yet committed."""

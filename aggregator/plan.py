@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from aggregator.pace import allowed_s
 from aggregator.progress import evaluation_due, why_finished
 from aggregator.registry import sample
-from aggregator.round import deadline_s
 from aggregator.settings import RunSettings
 from broker.head import HeadRecord, OpenRound
 
@@ -33,6 +33,7 @@ def opened(
     """The record with the next task, for a cohort of those who live."""
     number = record.round + 1 if work == "train" else record.round
     task, sha256 = record.task + 1, record.model.sha256 if record.model else ""
+    patience_s = allowed_s(record.pace, settings.round)
     opening = OpenRound(
         work=work,
         round=number,
@@ -41,7 +42,8 @@ def opened(
         epoch=record.epoch,
         cohort=sample(live, settings.round.most_asked, settings.seed, number),
         opened=now,
-        deadline=now + deadline_s(settings.round, 1),
+        deadline=now + patience_s,
+        allowed_s=patience_s,
     )
     remembered = 2 * settings.round.staleness_max + 4  # evaluations are tasks too
     lineage = (*record.lineage, (task, record.version, sha256))[-remembered:]

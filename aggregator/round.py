@@ -120,13 +120,13 @@ class Round:
             update={
                 "attempt": attempt,
                 "cohort": tuple(sorted(asked)),
-                "deadline": now + deadline_s(self.settings, attempt),
+                "deadline": now + deadline_s(self.settings, self.open.allowed_s, attempt),
             }
         )
 
 
-def deadline_s(settings: RoundSettings, attempt: int) -> float:
+def deadline_s(settings: RoundSettings, first_s: float, attempt: int) -> float:
     """Seconds that attempt 1, 2, ... may take: each `deadline_growth` times longer, up to a limit."""
-    longest = max(settings.deadline_s, settings.deadline_max_s)
+    longest = max(first_s, settings.deadline_max_s)
     doublings = min(attempt - 1, 64)
-    return min(longest, settings.deadline_s * settings.deadline_growth**doublings)
+    return min(longest, first_s * settings.deadline_growth**doublings)

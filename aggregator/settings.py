@@ -26,6 +26,17 @@ class RoundSettings(Part):
         int, Field(ge=0, description="fewest updates to close with at the deadline; 0: the target")
     ] = 0
     deadline_s: Annotated[float, Field(gt=0, description="seconds until a round closes with the quorum")] = 60.0
+    deadline: Annotated[
+        Literal["fixed", "auto"],
+        Field(
+            description="`auto` learns from arrivals how long to wait: median + deadline_spreads times their "
+            "spread; deadline_s holds until enough arrived"
+        ),
+    ] = "fixed"
+    deadline_spreads: Annotated[
+        float, Field(ge=0, description="more waits longer and loses fewer updates; for `deadline = auto`")
+    ] = 4.0
+    deadline_min_s: Annotated[float, Field(gt=0, description="no learned deadline is shorter")] = 1.0
     deadline_growth: Annotated[
         float, Field(ge=1, description="each further attempt gets a deadline this much longer")
     ] = 2.0

@@ -34,6 +34,7 @@ class OpenRound(Part):
     cohort: Annotated[tuple[Participant, ...], Field(max_length=MAX_ITEMS)]
     opened: float
     deadline: float
+    allowed_s: float  # for the first attempt
 
 
 class Decision(Part):
@@ -108,6 +109,7 @@ class HeadRecord(Message):
     decided: Annotated[tuple[Decision, ...], Field(max_length=MAX_ITEMS)] = ()
     metrics: Metrics = {}
     best: Best | None = None
+    pace: Annotated[tuple[float, ...], Field(max_length=1000)] = ()  # seconds that participants took lately
     wanted: Literal["run", "pause", "stop"] = "run"
     removed: Annotated[tuple[Participant, ...], Field(max_length=MAX_ITEMS)] = ()
     obeyed: Obeyed | None = None  # since `updates_from`

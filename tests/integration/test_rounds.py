@@ -520,6 +520,21 @@ async def test_a_run_ends_when_it_should(
     assert (head.finished, head.round, len(federation.reports)) == (why, rounds, rounds)
 
 
+async def test_the_deadline_learns_how_long_participants_take(federation: Federation) -> None:
+    """One of four is hopelessly slow. The first rounds wait for it as long as they were told to, later ones do not."""
+    rounds = {"quorum": 3, "deadline_s": 2.0, "deadline": "auto", "deadline_min_s": 0.2}
+    run = settings(4, rounds=6, round=rounds)
+    async with running(federation, run) as job:
+        job.crowd.start(*names(3))
+        job.crowd.start("p04", lag_s=60.0)
+        head = await job.aggregator
+    assert [report.accepted for report in federation.reports] == [3] * 6
+    waited = [report.duration_s for report in federation.reports]
+    assert min(waited[:2]) >= 2.0, "until enough is known"
+    assert max(waited[-2:]) < 1.5
+    assert len(head.pace) == 6 * 4
+
+
 async def test_an_update_of_a_round_that_never_closed_is_accounted_for(federation: Federation) -> None:
     """The run's time is up while its round waits for somebody slow."""
     run = settings(3, rounds=6, stop={"max_seconds": 1.0}, round={"deadline_s": 0.7})

@@ -79,7 +79,15 @@ def test_who_holds_an_update_is_told_its_fate_once_it_is_committed(
 
 def opened(cohort: list[str]) -> OpenRound:
     return OpenRound(
-        work="train", round=5, attempt=2, task=5, epoch=2, cohort=tuple(cohort), opened=90.0, deadline=130.0
+        work="train",
+        round=5,
+        attempt=2,
+        task=5,
+        epoch=2,
+        cohort=tuple(cohort),
+        opened=90.0,
+        deadline=130.0,
+        allowed_s=40.0,
     )
 
 

@@ -14,7 +14,15 @@ from tests.federation import names, settings
 
 MODEL = Where(where="inline", size_bytes=1, sha256="a" * 64)
 OPEN = OpenRound(
-    work="train", round=3, attempt=1, task=3, epoch=1, cohort=("p01", "p02", "p03"), opened=0.0, deadline=9.0
+    work="train",
+    round=3,
+    attempt=1,
+    task=3,
+    epoch=1,
+    cohort=("p01", "p02", "p03"),
+    opened=0.0,
+    deadline=9.0,
+    allowed_s=9.0,
 )
 
 

@@ -24,7 +24,7 @@ BODY = Where(where="inline", size_bytes=3, sha256="c" * 64)
 def opened(asked: int = 10, **changes: object) -> OpenRound:
     """Task 5, which the leader of epoch 2 offered to `asked` participants."""
     fields = {"work": "train", "round": 3, "attempt": 1, "task": 5, "epoch": 2}
-    times = {"opened": 90.0, "deadline": DEADLINE}
+    times = {"opened": 90.0, "deadline": DEADLINE, "allowed_s": 10.0}
     return OpenRound(**{**fields, **times, "cohort": tuple(names(asked)), **changes})
 
 
@@ -133,9 +133,9 @@ def test_an_extension_is_the_same_task_with_a_longer_deadline() -> None:
 
 def test_deadlines_grow_up_to_a_limit() -> None:
     settings = RoundSettings(deadline_s=10.0, deadline_growth=2.0, deadline_max_s=70.0)
-    assert [deadline_s(settings, attempt) for attempt in range(1, 6)] == [10.0, 20.0, 40.0, 70.0, 70.0]
-    assert deadline_s(settings, 10**9) == 70.0
-    assert deadline_s(RoundSettings(deadline_s=10.0, deadline_max_s=5.0), 3) == 10.0
+    assert [deadline_s(settings, 10.0, attempt) for attempt in range(1, 6)] == [10.0, 20.0, 40.0, 70.0, 70.0]
+    assert deadline_s(settings, 10.0, 10**9) == 70.0
+    assert deadline_s(RoundSettings(deadline_max_s=5.0), 10.0, 3) == 10.0
 
 
 def test_a_further_attempt_keeps_what_was_accepted_and_asks_the_others_again() -> None:

@@ -19,7 +19,15 @@ RUN = settings(5, rounds=9, round={"quorum": 4})
 
 def opened(asked: int = 5) -> OpenRound:
     return OpenRound(
-        work="train", round=3, attempt=2, task=3, epoch=2, cohort=tuple(names(asked)), opened=NOW, deadline=NOW + 41
+        work="train",
+        round=3,
+        attempt=2,
+        task=3,
+        epoch=2,
+        cohort=tuple(names(asked)),
+        opened=NOW,
+        deadline=NOW + 41,
+        allowed_s=30.0,
     )
 
 

@@ -82,6 +82,7 @@ OPEN = st.builds(
     cohort=COHORT,
     opened=FLOATS,
     deadline=FLOATS,
+    allowed_s=FLOATS,
 )
 DECISION = st.builds(
     Decision,
