@@ -11,6 +11,7 @@ from pathlib import Path
 
 from aggregator.checkpoints import Checkpoints
 from aggregator.history import OUTCOMES, History, RoundReport
+from aggregator.poison import Poison
 from broker.head import ClosedRound, HeadRecord
 from broker.tensors import Buffer
 
@@ -21,6 +22,7 @@ class Archive:
     def __init__(self, directory: Path) -> None:
         self.checkpoints = Checkpoints(directory / "checkpoints")
         self.history = History(directory / "history.sqlite")
+        self.poison = Poison(directory)
 
     async def store(self, sha256: str, blob: Buffer) -> None:
         """Puts a model body under its digest; on return it is on the disk."""

@@ -176,6 +176,7 @@ class Term:
         takeover = Takeover(self.job, self.lead, self.topology, self.archive, self.models)
         self.blob, self.end = await takeover.take_over(self.began)
         self.model = tensors.decode(self.blob)
+        await asyncio.to_thread(self.archive.poison.count, self.head.run_id)
         await self.archive.note(self.head)  # the leader before may have died before it could
         self.registry = Registry(self.head.members, self.began, self.settings.broker.liveness_s)
         for participant in self.head.members:
@@ -208,14 +209,15 @@ class Term:
         self.bytes_up += len(delivery.body)
         message: Message | None = None
         try:
-            message, payload = decode(delivery.body, FROM_PARTICIPANT)
-            match message:
-                case Barrier() if delivery.sender == AGGREGATOR:
-                    pass
-                case Control() if delivery.sender == AGGREGATOR:
-                    await self._obey(message)
-                case _:
-                    await self._handle(check_sender(message, delivery), payload, delivery.offset)
+            with self.archive.poison.reading(self.head.run_id, delivery.offset):
+                message, payload = decode(delivery.body, FROM_PARTICIPANT)
+                match message:
+                    case Barrier() if delivery.sender == AGGREGATOR:
+                        pass
+                    case Control() if delivery.sender == AGGREGATOR:
+                        await self._obey(message)
+                    case _:
+                        await self._handle(check_sender(message, delivery), payload, delivery.offset)
         except BadMessage as bad:
             await self._refuse(delivery, message, bad.reason)
         if behind and self.caught_up:
@@ -283,6 +285,9 @@ class Term:
         """Nothing that was accepted is touched; the reason goes to the ledger, the log and the rejected queue."""
         update = message if isinstance(message, UpdateReady) and message.participant == delivery.sender else None
         task = update.task if update and update.run_id == self.head.run_id else 0
+        unread = self.archive.poison.is_refused(self.head.run_id, delivery.offset)
+        if unread and self.round and self.round.awaits(delivery.sender):
+            task = self.round.open.task  # nobody read it, but it is what was waited for
         answers = self.round is not None and task == self.round.open.task
         self.ledger.refused(delivery.sender, task, delivery.offset, reason, settles=answers)
         if self.round and answers:

@@ -9,11 +9,13 @@ import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from aggregator.history import RoundReport
+from aggregator.intake import Intake
 from aggregator.job import Surroundings
 from broker import tensors
 from broker.errors import AccessRefused
@@ -411,3 +413,42 @@ async def test_metrics_cannot_spoil_the_record(tmp_path: Path) -> None:
     assert [report.accepted for report in seen.reports] == [4, 3]
     assert np.isfinite(list(seen.reports[0].metrics.values())).all()
     assert "train_loss" in seen.head.metrics
+
+
+# -- what ends whoever reads it ---------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As if the process were gone: nothing in it gets to say anything more."""
+
+
+async def test_an_update_that_kills_leaders_is_refused_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """p03's update ends five leaders in the middle of reading it. The sixth does not read it."""
+    federation = Federation(MemoryBroker(TOPOLOGY.access), tmp_path, names(3))
+    honest, deaths = Intake.arrays, 0
+
+    async def arrays(self: Intake, update: UpdateReady, *rest: Any) -> Arrays:
+        nonlocal deaths
+        if update.participant == "p03" and update.task == 1:
+            deaths += 1
+            raise Killed
+        return await honest(self, update, *rest)
+
+    monkeypatch.setattr(Intake, "arrays", arrays)
+    run = settings(3, rounds=2, round={"quorum": 2, "deadline_s": 0.5})
+    async with asyncio.timeout(60), federation.workers():
+        while True:
+            leader = asyncio.create_task(federation.aggregator(run).run())
+            await asyncio.wait([leader])
+            if not isinstance(leader.exception(), Killed):
+                break
+    head = leader.result()
+    assert (head.finished, deaths) == ("all 2 rounds done", 5)
+    lines = {(d.participant, d.task): d for d in await federation.ledger()}
+    fates = {who: line.verdict for who, line in lines.items()}
+    assert "it ended 5 leaders" in lines[("p03", 1)].reason
+    assert fates[("p03", 1)] == "refused"
+    assert {fates[(name, 1)] for name in ("p01", "p02")} == {"counted"}
+    assert fates[("p03", 2)] == "counted", "it takes part in the next round"

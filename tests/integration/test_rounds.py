@@ -521,7 +521,7 @@ async def test_a_run_ends_when_it_should(
 
 
 async def test_the_deadline_learns_how_long_participants_take(federation: Federation) -> None:
-    """One of four is hopelessly slow. The first rounds wait for it as long as they were told to, later ones do not."""
+    """One of four is hopelessly slow. The first rounds wait for it as they were told to, later ones do not."""
     rounds = {"quorum": 3, "deadline_s": 2.0, "deadline": "auto", "deadline_min_s": 0.2}
     run = settings(4, rounds=6, round=rounds)
     async with running(federation, run) as job:
