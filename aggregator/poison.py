@@ -28,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 
 class Poison:
-    """What was being read, and how many leaders each message ended. Opening and `count` block, the rest does not."""
+    """What was being read, and how many leaders each message ended. Opening and `count` block; the rest not."""
 
     def __init__(self, directory: Path) -> None:
         self._counts = directory / "poison.json"
