@@ -29,9 +29,7 @@ PACKAGES = ("fluffle", "msgpack", "numpy", "pydantic")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--jobs", default=2, show_default=True, help="Targets at a time.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to add what was found, as JSON.")
-def main(
-    targets: tuple[str, ...], inputs: int, seconds: float, seed: int, jobs: int, out: Path | None
-) -> None:
+def main(targets: tuple[str, ...], inputs: int, seconds: float, seed: int, jobs: int, out: Path | None) -> None:
     """Feeds each TARGET with changed inputs. Ends with 1 if one did more than be understood or refused."""
     began = time.monotonic()
     found = []

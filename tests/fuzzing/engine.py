@@ -41,8 +41,8 @@ class Target:
     seeds: tuple[bytes, ...]
     mutate: Mutate
     refusals: tuple[type[Exception], ...] = ()
-    factor: int = 16
-    spare_bytes: int = 8 << 20
+    factor: int = 64
+    spare_bytes: int = 1 << 20
     close: Callable[[], None] = lambda: None
 
 
@@ -164,8 +164,8 @@ class Fuzzer:
 
     def _made(self) -> bytes:
         dice, corpus = self._dice, self._corpus
-        newest = corpus[-20:] if dice.random() < 0.3 else corpus
-        data = self.target.mutate(dice.choice(newest), dice)
+        young = dice.choice((self.target.seeds, corpus, corpus[-20:]))  # what was kept is often beyond repair
+        data = self.target.mutate(dice.choice(young), dice)
         while dice.random() < 0.2:
             data = self.target.mutate(data, dice)
         if dice.random() < 0.02:

@@ -22,7 +22,8 @@ from tests.fuzzing.decoders import BLOBS, EXAMPLES, FRAMES, HEAD, UPDATE
 from tests.fuzzing.engine import Target
 from workers.journal import FileJournal, Held
 
-FILE_SPARE_BYTES = 16 << 20
+FILE_SPARE_BYTES = 2 << 20
+OWN_SPARE_BYTES = 64 << 20  # what somebody writes into a file of their own costs nobody else
 BODY = BLOBS[0]
 DIGEST = hashlib.sha256(BODY).hexdigest()
 BODY_AT = UPDATE.body.model_copy(update={"sha256": DIGEST, "size_bytes": len(BODY)}) if UPDATE.body else None
@@ -98,7 +99,7 @@ def checkpoints(directory: Path) -> Target:
     manifest = (directory / "v000001.json").read_bytes()
     seeds = (mutate.pack([manifest, BODY]), mutate.pack([manifest, BODY, manifest]))
     ways = mutate.each_part(mutate.as_json, mutate.safetensors, mutate.as_json)
-    return Target(check, seeds, ways, (StateError,), 40, FILE_SPARE_BYTES, _gone(directory))
+    return Target(check, seeds, ways, (StateError,), spare_bytes=FILE_SPARE_BYTES, close=_gone(directory))
 
 
 def history(directory: Path) -> Target:
@@ -141,7 +142,7 @@ def config(directory: Path) -> Target:
         assert to_toml(run.config()) == to_toml(found)
 
     refusals = (ConfigError, StateError)
-    return Target(check, (CONFIG,), TOML, refusals, 64, FILE_SPARE_BYTES, _gone(directory))
+    return Target(check, (CONFIG,), TOML, refusals, spare_bytes=OWN_SPARE_BYTES, close=_gone(directory))
 
 
 def secrets(directory: Path) -> Target:
@@ -152,7 +153,7 @@ def secrets(directory: Path) -> Target:
         assert all(isinstance(password, str) and password for password in read_secrets(path).values())
 
     seed = b'# Passwords.\naggregator = "secret"\np01 = "more\\u00e9"\n'
-    return Target(check, (seed,), TOML, (ConfigError,), 64, FILE_SPARE_BYTES, _gone(directory))
+    return Target(check, (seed,), TOML, (ConfigError,), spare_bytes=OWN_SPARE_BYTES, close=_gone(directory))
 
 
 def result(directory: Path) -> Target:
@@ -169,4 +170,4 @@ def result(directory: Path) -> Target:
 
     seed = mutate.pack([b'{"run": "run-1", "rounds": 3, "metrics": {"loss": 0.5}}', BODY])
     ways = mutate.each_part(mutate.as_json, mutate.safetensors)
-    return Target(check, (seed,), ways, (), 40, FILE_SPARE_BYTES, _gone(directory))
+    return Target(check, (seed,), ways, (), spare_bytes=FILE_SPARE_BYTES, close=_gone(directory))

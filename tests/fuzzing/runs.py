@@ -25,7 +25,7 @@ from tests.fuzzing import mutate
 from tests.fuzzing.decoders import FRAMES, HEAD, MODEL, chunked
 from tests.fuzzing.engine import Target
 
-RUN_SPARE_BYTES = 16 << 20
+RUN_SPARE_BYTES = 4 << 20
 TOPOLOGY = Topology("default")
 HONEST, BAD = "p01", "p-bad"
 NOW = 1e9  # Unix seconds; no time passes, so nobody is forgotten and no deadline passes
@@ -176,9 +176,7 @@ def updates(directory: Path) -> Target:
     ]
     seeds = (*frames, *frames, *map(_encoded, others), FRAMES[-2])
     ways = mutate.either(mutate.frame, _with_other_arrays, _with_other_arrays, mutate.raw(mutate.PACKED))
-    return Target(
-        lambda data: hall.hear(data, []), seeds, ways, (), 40, spare_bytes=RUN_SPARE_BYTES, close=hall.close
-    )
+    return Target(lambda data: hall.hear(data, []), seeds, ways, (), spare_bytes=RUN_SPARE_BYTES, close=hall.close)
 
 
 def _encoded(message: Message) -> bytes:
@@ -210,4 +208,4 @@ def outbox(directory: Path) -> Target:
 
     ways = mutate.each_part(mutate.frame, mutate.either(mutate.frame, mutate.raw(mutate.PACKED)))
     seeds = (chunked(hall.blob, where, announced),)
-    return Target(check, seeds, ways, (), 40, spare_bytes=RUN_SPARE_BYTES, close=hall.close)
+    return Target(check, seeds, ways, (), spare_bytes=RUN_SPARE_BYTES, close=hall.close)
