@@ -100,7 +100,7 @@ class FixedPointSum:
             accumulator[start : start + BLOCK] += scaled.astype(np.int64)
 
     def step(self, model: Arrays, rate: float) -> Arrays:
-        """New arrays model + rate * mean, in the model's dtypes; integers are rounded, and none leaves its range."""
+        """New arrays model + rate * mean, in the model's dtypes; integers are rounded, all stay in range."""
         return {name: self._moved(name, values, rate) for name, values in model.items()}
 
     def _moved(self, name: str, values: NDArray[Any], rate: float) -> NDArray[Any]:
