@@ -1,4 +1,4 @@
-"""What fuzzing found, one test each, with the smallest input that shows it."""
+"""What fuzzing, and reading for it, found: one test each, with the smallest input that shows it."""
 
 from __future__ import annotations
 
