@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from pydantic import ValidationError
 
 from broker.durable import replace_file
 from broker.errors import BadMessage, StateError
@@ -115,7 +114,7 @@ class Checkpoints:
             if (manifest["format"], manifest["schema"]) != (FORMAT, SCHEMA):
                 raise ValueError("not a manifest of this Fluffle")
             return HeadRecord.model_validate_json(json.dumps(manifest["head"]))
-        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.error("checkpoint_manifest_damaged", file=str(path), error=str(error)[:200])
             return None
 

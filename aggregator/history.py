@@ -22,6 +22,8 @@ from broker.messages import Verdict
 APPLICATION = 0x464C4659  # "FLFY": tells our files from other programs' databases
 SCHEMA_VERSION = 1
 
+UNREADABLE = (ValueError, TypeError, RecursionError)  # what a damaged row is read as
+
 Outcome = Literal["accepted", "late", "rejected", "duplicate"]
 OUTCOMES: dict[Verdict, Outcome] = {
     "counted": "accepted",
@@ -121,12 +123,15 @@ class History:
 
     def rounds(self, run_id: str) -> list[RoundReport]:
         """Every closed round of a run, in the order of its tasks."""
-        return [_round(row) for row in self._query(_select("rounds", ROUND_FIELDS, "task"), run_id)]
+        rows = self._query(_select("rounds", ROUND_FIELDS, "task"), run_id)
+        with self._guarded():
+            return [_round(row) for row in rows]
 
     def ledger(self, run_id: str) -> list[Decision]:
         """The fate of everything that arrived, in the order of its arrival."""
         rows = self._query(_select("ledger", LEDGER_FIELDS, '"offset", task'), run_id)
-        return [Decision(**dict(zip(LEDGER_FIELDS, row, strict=True))) for row in rows]
+        with self._guarded():
+            return [Decision(**dict(zip(LEDGER_FIELDS, row, strict=True))) for row in rows]
 
     def totals(self, run_id: str) -> dict[Outcome, int]:
         """How many training updates met which fate; answers to evaluations are not updates."""
@@ -189,7 +194,7 @@ class History:
     def _guarded(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, *UNREADABLE) as error:
             raise StateError(
                 f"{self.path}: the run history cannot be read or written ({error}): "
                 "check the disk, or move the file away (the run itself does not need it)"

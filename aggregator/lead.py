@@ -13,7 +13,7 @@ import structlog
 
 from broker.errors import BadMessage, LeadershipLost
 from broker.head import HeadRecord
-from broker.messages import Barrier
+from broker.messages import MAX_COUNT, Barrier
 from broker.retry import publish
 from broker.tensors import Buffer
 from broker.topology import Topology
@@ -117,6 +117,8 @@ def _parse(delivery: Delivery) -> tuple[object, memoryview]:
 
 
 def _record(delivery: Delivery) -> tuple[HeadRecord, memoryview]:
-    """The record of a delivery; what is no record ranks as low as genesis."""
+    """The record of a delivery; what is no record, or has no epoch after it, ranks as low as genesis."""
     message, payload = _parse(delivery)
-    return (message, payload) if isinstance(message, HeadRecord) else (HeadRecord(), memoryview(b""))
+    if isinstance(message, HeadRecord) and message.epoch < MAX_COUNT:
+        return message, payload
+    return HeadRecord(), memoryview(b"")

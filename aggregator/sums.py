@@ -36,7 +36,7 @@ class Scale:
                 f"tensor {name!r} has dtype {values.dtype}, which cannot be averaged: leave it out of the model's "
                 "arrays (in torch: register_buffer(..., persistent=False))"
             )
-        largest = float(np.abs(values).max()) if values.size else 0.0
+        largest = max(abs(float(values.min())), abs(float(values.max()))) if values.size else 0.0
         if not math.isfinite(largest):
             raise StateError(f"tensor {name!r} of the global model is not finite: the run has diverged")
         log_bound = math.ceil(math.log2(max(LEAST_BOUND, 16 * largest)))
@@ -86,8 +86,8 @@ class FixedPointSum:
         flat = values.reshape(-1)
         for start in range(0, flat.size, BLOCK):
             block = flat[start : start + BLOCK]
-            # Also false for NaN, which compares unequal to everything.
-            if not (block.min() >= -bound and block.max() <= bound):
+            # Also false for NaN, which compares unequal to everything. In float16 a bound might be infinite.
+            if not (float(block.min()) >= -bound and float(block.max()) <= bound):
                 raise BadMessage(f"tensor {name!r} has values that are not finite or beyond ±{bound:g}")
 
     def _fold(self, name: str, values: NDArray[Any], weight: int) -> None:
@@ -100,15 +100,23 @@ class FixedPointSum:
             accumulator[start : start + BLOCK] += scaled.astype(np.int64)
 
     def step(self, model: Arrays, rate: float) -> Arrays:
-        """New arrays model + rate * mean, in the model's dtypes; integers are rounded to the nearest."""
+        """New arrays model + rate * mean, in the model's dtypes; integers are rounded, all stay in range."""
         return {name: self._moved(name, values, rate) for name, values in model.items()}
 
     def _moved(self, name: str, values: NDArray[Any], rate: float) -> NDArray[Any]:
         flat, accumulator = values.reshape(-1), self._sums[name]
         moved = np.empty(flat.size, dtype=values.dtype)
+        least, most = _range(values.dtype)
         divisor = float(self.weight) * 2.0 ** self._scales[name].bits
         for start in range(0, flat.size, BLOCK):
             part = slice(start, start + BLOCK)
             exact = flat[part].astype(np.float64) + rate * (accumulator[part].astype(np.float64) / divisor)
+            np.clip(exact, least, most, out=exact)
             moved[part] = exact if values.dtype.kind == "f" else np.rint(exact)
         return moved.reshape(values.shape)
+
+
+def _range(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """The least and the largest finite value, so that nothing turns over or becomes infinite."""
+    limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+    return float(limits.min), float(limits.max)

@@ -25,6 +25,8 @@ MAX_MANIFEST_BYTES = 16 << 20
 MAX_TENSORS = 100_000
 MAX_NAME = 200
 MAX_DIMENSIONS = 8
+MOST_VALUES = 1 << 48  # of one tensor, counted without sides of zero
+MOST_BYTES = 1 << 53  # numbers beyond cannot even be written into a refusal
 DTYPES: dict[str, np.dtype[Any]] = {  # in the order in which safetensors writes tensors
     "I64": np.dtype("<i8"),
     "F64": np.dtype("<f8"),
@@ -112,7 +114,7 @@ def manifest_of(blob: Buffer) -> list[TensorSpec]:
 
 def _parse(header: memoryview) -> dict[str, Any]:
     try:
-        entries = json.loads(bytes(header), object_pairs_hook=_no_twins)
+        entries = json.loads(str(header, "utf-8"), object_pairs_hook=_no_twins)  # bytes might be UTF-16
     except (ValueError, RecursionError) as error:
         raise BadMessage(f"tensor manifest is not valid JSON: {error}") from None
     if not isinstance(entries, dict):
@@ -140,13 +142,22 @@ def _spec(name: str, entry: Any, data_begin: int) -> TensorSpec:
             raise BadMessage(
                 f"tensor {name[:MAX_NAME]!r}: manifest entry needs exactly dtype, shape and data_offsets"
             )
-    if len(name) > MAX_NAME or dtype not in DTYPES:
-        raise BadMessage(f"tensor {name[:MAX_NAME]!r}: name too long or unknown dtype {dtype[:20]!r}")
-    if len(shape) > MAX_DIMENSIONS or not all(type(side) is int and 0 <= side < 1 << 48 for side in shape):
+    if len(name) > MAX_NAME or dtype not in DTYPES or not _is_text(name):
+        raise BadMessage(f"tensor {name[:MAX_NAME]!r}: no name of a tensor, or unknown dtype {dtype[:20]!r}")
+    if len(shape) > MAX_DIMENSIONS or not all(type(side) is int and 0 <= side < MOST_VALUES for side in shape):
         raise BadMessage(f"tensor {name!r}: impossible shape")
-    if not 0 <= begin <= end or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+    if math.prod(filter(None, shape)) >= MOST_VALUES or not 0 <= begin <= end < MOST_BYTES:
+        raise BadMessage(
+            f"tensor {name!r}: shape or offsets are beyond all memory"
+        )  # numpy counts without the zeros
+    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise BadMessage(f"tensor {name!r}: shape {shape} does not fill bytes {begin} to {end}")
     return TensorSpec(name, dtype, tuple(shape), data_begin + begin, data_begin + end)
+
+
+def _is_text(name: str) -> bool:
+    """JSON can spell halves of characters, which nothing else can write."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def check_like(arrays: Arrays, like: Arrays) -> None:

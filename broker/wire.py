@@ -36,6 +36,7 @@ SCHEMA = 1
 MAGIC = b"FLF"
 MAX_FRAME_BYTES = 15 << 20  # RabbitMQ 4 refuses messages above 16 MiB
 MAX_HEADER_BYTES = 8 << 20
+MOST_FAULTS = 200
 
 KINDS: dict[str, type[Message]] = {
     m.kind: m
@@ -75,18 +76,26 @@ def decode(frame: bytes, limits: Limits = FROM_AGGREGATOR) -> tuple[Message, mem
     """The message and a view of its payload. Raises BadMessage, before anything beyond `limits` is unpacked."""
     header, payload = _split(frame, limits)
     try:
+        _walk(header)
         fields = msgpack.unpackb(
             header,
             use_list=False,
             max_str_len=len(header),
             max_bin_len=0,
-            max_array_len=min(limits.items, len(header)),  # msgpack makes room for what a length promises
+            max_array_len=min(limits.items, len(header)),
             max_map_len=limits.items,
             max_ext_len=0,
         )
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise BadMessage(f"header is not valid msgpack: {type(error).__name__} {error}") from None
     return _build(fields), payload
+
+
+def _walk(header: memoryview) -> None:
+    """Raises unless all that lengths promise is there: unpacking makes room for it, nested promises included."""
+    walker = msgpack.Unpacker(max_buffer_size=max(1, len(header)))
+    walker.feed(header)
+    walker.skip()
 
 
 def _split(frame: bytes, limits: Limits) -> tuple[memoryview, memoryview]:
@@ -118,5 +127,7 @@ def _build(fields: Any) -> Message:
 def _first_fault(error: ValidationError | TypeError) -> str:
     if isinstance(error, TypeError):
         return "field names must be strings"
+    if (count := error.error_count()) > MOST_FAULTS:  # to list them takes many times the memory of the message
+        return f"{count} faults in its fields"
     fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
     return f"field {'.'.join(str(part)[:40] for part in fault['loc'])!r}: {fault['msg']}"

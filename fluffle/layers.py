@@ -21,11 +21,11 @@ def from_toml(path: Path) -> Layer:
     """A layer from a TOML file. Raises ConfigError if it cannot be read or is malformed."""
     try:
         document = tomllib.loads(path.read_text("utf-8"))
+        return {name: Given(value, str(path)) for name, value in _flat(document)}
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    return {name: Given(value, str(path)) for name, value in _flat(document)}
 
 
 def from_environment(environ: Mapping[str, str]) -> Layer:
@@ -87,7 +87,7 @@ def _parse(name: str, text: str) -> Any:
     """Text as TOML would read it, or as it stands where it is no TOML value or a text is wanted."""
     try:
         document = tomllib.loads(f"value = {text}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     value = document["value"]
     whole = set(document) == {"value"} and "#" not in text

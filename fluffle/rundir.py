@@ -77,7 +77,7 @@ class RunDir:
         """What the finished run came to. Raises StateError if the file is damaged."""
         try:
             result: dict[str, Any] = json.loads(self.result_file.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise StateError(f"{self.result_file}: cannot be read: {error}") from None
         return result
 

@@ -45,7 +45,7 @@ def read_secrets(path: Path) -> dict[str, str]:
             f"{path}: cannot be read ({error.strerror or error}): name the file that `fluffle broker definitions "
             "--secrets FILE` wrote"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f'{path}: is not TOML ({error}): write one line `name = "password"` per user') from None
     for user, password in found.items():
         if not isinstance(password, str) or not password:

@@ -12,11 +12,11 @@ def mutations(valid: bytes, count: int, seed: int) -> Iterator[bytes]:
     for _ in range(count):
         changed = bytearray(valid)
         for _ in range(dice.randint(1, 4)):
-            _change(changed, dice)
+            change(changed, dice)
         yield bytes(changed)
 
 
-def _change(changed: bytearray, dice: Random) -> None:
+def change(changed: bytearray, dice: Random) -> None:
     at = dice.randint(0, len(changed))
     until = min(len(changed), at + dice.randint(1, 12))
     match dice.choice(["flip", "flip", "insert", "drop", "repeat", "digits", "cut"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 import re
 import zlib
@@ -152,6 +153,14 @@ def check(seen: Seen, refused: Sequence[str], undisturbed: HeadRecord) -> None:
 # -- one bad message ------------------------------------------------------------------------------------------
 
 Forge = Callable[[Hostile], bytes]
+
+
+def manifest(shape: list[int], offsets: list[int]) -> bytes:
+    """The bytes of one tensor that says this of itself."""
+    text = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
 F32 = np.float32
 FORGERIES: dict[str, tuple[Forge, str]] = {
     "garbage": (lambda h: b"\x00garbage\xff" * 9, "does not begin with 'FLF'"),
@@ -206,6 +215,12 @@ FORGERIES: dict[str, tuple[Forge, str]] = {
         "p-bad has no outbox",
     ),
     "pickle": (lambda h: h.frame(pickle.dumps({"w": 1})), "tensor manifest"),
+    "offsets too long to be written": (
+        lambda h: h.frame(manifest([0], [10**4300 - 1] * 2)), "shape or offsets are beyond all memory",
+    ),
+    "an empty shape beyond all memory": (
+        lambda h: h.frame(manifest([0, 1 << 47, 1 << 47], [0, 0])), "shape or offsets are beyond all memory",
+    ),
     "unknown tensor": (lambda h: h.with_arrays(extra=np.zeros(1, F32)), "unknown tensor 'extra'"),
     "missing tensor": (lambda h: h.with_arrays(w=None), "tensor 'w' is missing"),
     "wrong shape": (lambda h: h.with_arrays(w=np.zeros(8, F32)), r"'w' has shape \(8,\), expected \(7,\)"),
