@@ -53,10 +53,11 @@ async def received(reader: Transport, where: Where = WHERE, patience_s: float = 
     buffer = bytearray(where.size_bytes)
     inbox = await reader.read("outbox", offset="first")
     try:
-        offset = await collect(inbox, Assembly.into(buffer, where, "p01"), end=END, patience_s=patience_s)
+        assembly = Assembly.into(buffer, where, "p01")
+        await collect(inbox, assembly, end=END, patience_s=patience_s)
     finally:
         await inbox.close()
-    return bytes(buffer), offset
+    return bytes(buffer), assembly.read_to
 
 
 @given(size=st.integers(0, 5000), inline=st.integers(0, 5000), chunk=st.integers(1, 5000))
@@ -81,10 +82,14 @@ def test_pieces_follow_one_another_whatever_a_header_claims(size: int, count: in
 
 async def test_an_uploaded_payload_arrives(sender: Transport) -> None:
     confirmed: list[int] = []
-    await upload(sender, OUTBOX, WHERE, BLOB, after=confirmed.append)
+
+    async def after(count: int) -> None:
+        confirmed.append(count)
+
+    await upload(sender, OUTBOX, WHERE, BLOB, after=after)
     await send(sender, [encode(END)])
     assert await received(sender) == (BLOB, WHERE.chunks)
-    assert confirmed == [3, 7]
+    assert confirmed == [4, 8]
 
 
 @given(order=st.permutations(range(WHERE.chunks)), again=st.lists(st.integers(0, WHERE.chunks - 1), max_size=5))
