@@ -31,7 +31,7 @@ LONGEST_COUNT = 10  # digits
 
 @dataclass(slots=True)
 class Held:
-    """A finished update. `sent` once the broker confirmed it; before that, the first `confirmed` of its chunks are."""
+    """A finished update. `sent` is true once the broker confirmed it; before, its first `confirmed` chunks were."""
 
     update: UpdateReady
     blob: Buffer
@@ -142,10 +142,10 @@ class FileJournal:
 
     def _confirmed(self, held: Held) -> int:
         """What the note says; 0 if there is none, or it is damaged or about another update."""
-        count = (_read(self._upload) or b"").partition(b" ")[0]
+        note = _read(self._upload) or b""
+        count, chunks = note.partition(b" ")[0], held.update.body.chunks if held.update.body else 0
         confirmed = int(count) if count.isdigit() and len(count) < LONGEST_COUNT else 0
-        chunks = held.update.body.chunks if held.update.body else 0
-        return confirmed if 0 < confirmed <= chunks and _read(self._upload) == _note(held, confirmed) else 0
+        return confirmed if confirmed <= chunks and note == _note(held, confirmed) else 0
 
 
 def _note(held: Held, confirmed: int) -> bytes:

@@ -173,17 +173,21 @@ class Worker:
                 self._held = None
                 await self.site.journal.drop_held()
                 self._notice("update_settled", task=held.update.task, fate=fate)
-            elif task == held.update.task and held.sent:  # else it answers what was said before
+            elif task == held.update.task:
                 await self._send_again(held)
             elif told.task == held.update.task and self.participant in told.asked:
                 await self.on_heartbeat()  # it did not have it when it asked; has it come meanwhile?
         self._news.set()
 
     async def _send_again(self, held: Held) -> None:
-        """The aggregator does not have it, and perhaps the outbox has not what was confirmed: all of it."""
-        held.confirmed = 0
-        await self.site.journal.note_upload(held)
-        held.sent = False
+        """The aggregator does not have it, and the outbox may have lost what was confirmed: all of it is sent.
+
+        Unless it is on its way already: then this answers what was said before.
+        """
+        if held.sent:
+            held.confirmed = 0
+            await self.site.journal.note_upload(held)
+            held.sent = False
 
     def _status(self) -> dict[str, Any]:
         phase, task = "idle", 0
