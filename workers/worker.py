@@ -8,6 +8,7 @@ for, and looks again whenever there is news.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -76,7 +77,7 @@ class Upload:
     clock: Callable[[], float]
     is_wanted: Callable[[], bool]
     noted: int = 0
-    noted_at: float = 0.0
+    noted_at: float = -math.inf  # the first that arrive are noted at once
 
     async def arrived(self, count: int) -> None:
         """The first `count` chunks are confirmed. Raises WorkAbandoned if the update cannot count any more."""
@@ -220,9 +221,7 @@ class Worker:
     async def _deliver(self, held: Held) -> None:
         """Sends an update, unless meanwhile an order settles it: what cannot count any more need not arrive."""
         clock = asyncio.get_running_loop().time
-        upload = Upload(held, self.site.journal, clock, lambda: self._held is held, held.confirmed, clock())
-        if held.confirmed:
-            self._notice("upload_resumed", task=held.update.task, confirmed=held.confirmed)
+        upload = Upload(held, self.site.journal, clock, lambda: self._held is held)
         try:
             await self._link.deliver(held, upload.arrived)
         except WorkAbandoned:
