@@ -37,7 +37,7 @@ class Proxy:
             writer.transport.abort()
 
     def when_sent(self, count: int, happen: Callable[[], None]) -> None:
-        """Calls that once clients have sent so many bytes."""
+        """Calls that once so many bytes were sent."""
         self._marks = sorted([*self._marks, (count, happen)], key=lambda mark: mark[0])
 
     def freeze(self) -> None:

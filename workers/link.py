@@ -93,8 +93,6 @@ class Link:
         if body is not None and body.where == "stream":
             outbox = Address(self._topology.chunks(self.participant), f"{self.participant}.{CHUNK}")
             writer = _connected(self._writer)
-            if held.confirmed:
-                self._notice("upload_resumed", task=held.update.task, confirmed=held.confirmed, of=body.chunks)
             await upload(writer, outbox, body, held.blob, first=held.confirmed, after=arrived)
         await self.send(held.update, held.blob if body is not None and body.where == "inline" else b"")
 
@@ -133,16 +131,13 @@ class Link:
                 await listener.on_connected()
                 self._backoff.reset()
                 self._welcome = True
-                self._notice("connected")
+                self._settings.on_notice("connected", participant=self.participant)
                 await self._listen(inbox, listener)
             finally:
                 self._reader = self._writer = None
                 await writer.close()
         finally:
             await reader.close()
-
-    def _notice(self, event: str, **fields: object) -> None:
-        self._settings.on_notice(event, participant=self.participant, **fields)
 
     async def _declare_inbox(self, reader: Transport) -> None:
         try:

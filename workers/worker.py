@@ -8,11 +8,11 @@ for, and looks again whenever there is news.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -76,13 +76,16 @@ class Upload:
     journal: Journal
     clock: Callable[[], float]
     is_wanted: Callable[[], bool]
-    noted: int = 0
-    noted_at: float = -math.inf  # the first that arrive are noted at once
+    on_resumed: Callable[[], object]
+    noted: int = -NOTE_CHUNKS  # the first that arrive are noted at once
+    noted_at: float = 0.0
 
     async def arrived(self, count: int) -> None:
         """The first `count` chunks are confirmed. Raises WorkAbandoned if the update cannot count any more."""
         if not self.is_wanted():
             raise WorkAbandoned("the update's fate is known")
+        if self.noted < 0 and self.held.confirmed:
+            self.on_resumed()
         self.held.confirmed = count
         if count - self.noted >= NOTE_CHUNKS or self.clock() - self.noted_at >= NOTE_S:
             self.noted, self.noted_at = count, self.clock()
@@ -220,8 +223,9 @@ class Worker:
 
     async def _deliver(self, held: Held) -> None:
         """Sends an update, unless meanwhile an order settles it: what cannot count any more need not arrive."""
+        resumed = partial(self._notice, "upload_resumed", task=held.update.task, confirmed=held.confirmed)
         clock = asyncio.get_running_loop().time
-        upload = Upload(held, self.site.journal, clock, lambda: self._held is held)
+        upload = Upload(held, self.site.journal, clock, lambda: self._held is held, resumed)
         try:
             await self._link.deliver(held, upload.arrived)
         except WorkAbandoned:
