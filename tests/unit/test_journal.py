@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -173,6 +173,7 @@ def test_a_note_is_synced_before_it_takes_its_name(tmp_path: Path, monkeypatch: 
 
 
 @given(damage=st.binary(max_size=120))
+@settings(deadline=None, max_examples=30)  # a disk takes its time to sync
 def test_a_damaged_note_only_means_to_ask_first(tmp_path_factory: pytest.TempPathFactory, damage: bytes) -> None:
     directory = tmp_path_factory.mktemp("journal")
     saved(directory, on_its_way())
@@ -181,6 +182,7 @@ def test_a_damaged_note_only_means_to_ask_first(tmp_path_factory: pytest.TempPat
 
 
 @given(place=st.integers(0, 90), bit=st.integers(0, 7))
+@settings(deadline=None, max_examples=30)
 def test_a_note_with_a_flipped_bit_is_not_believed(
     tmp_path_factory: pytest.TempPathFactory, place: int, bit: int
 ) -> None:
