@@ -30,7 +30,15 @@ from aggregator.status import RunStatus
 from aggregator.strategies import make_strategy
 from aggregator.takeover import Takeover, commit
 from broker import tensors
-from broker.errors import AccessRefused, BadMessage, LeadershipLost, MessageTooLarge, TaskError, TransportError
+from broker.errors import (
+    AccessRefused,
+    BadMessage,
+    ChunksMissing,
+    LeadershipLost,
+    MessageTooLarge,
+    TaskError,
+    TransportError,
+)
 from broker.head import ClosedRound, HeadRecord
 from broker.messages import (
     Barrier,
@@ -219,7 +227,7 @@ class Term:
                     case _:
                         await self._handle(check_sender(message, delivery), payload, delivery.offset)
         except BadMessage as bad:
-            await self._refuse(delivery, message, bad.reason)
+            await self._refuse(delivery, message, bad)
         if behind and self.caught_up:
             self._trust_the_record()
             self._note("caught_up", offset=delivery.offset, round=self.head.round, epoch=self.head.epoch)
@@ -281,14 +289,18 @@ class Term:
         await off_loop(len(self.blob), self.strategy.add, arrays, weight)
         return weight
 
-    async def _refuse(self, delivery: Delivery, message: Message | None, reason: str) -> None:
-        """Nothing that was accepted is touched; the reason goes to the ledger, the log and the rejected queue."""
+    async def _refuse(self, delivery: Delivery, message: Message | None, bad: BadMessage) -> None:
+        """Nothing that was accepted is touched; the reason goes to the ledger, the log and the rejected queue.
+
+        If only chunks miss, its task stays open: the worker has them all, and sends them again once it has asked.
+        """
+        reason = bad.reason
         update = message if isinstance(message, UpdateReady) and message.participant == delivery.sender else None
         task = update.task if update and update.run_id == self.head.run_id else 0
         unread = self.archive.poison.is_refused(self.head.run_id, delivery.offset)
         if unread and self.round and self.round.awaits(delivery.sender):
             task = self.round.open.task  # nobody read it, but it is what was waited for
-        answers = self.round is not None and task == self.round.open.task
+        answers = self.round is not None and task == self.round.open.task and not isinstance(bad, ChunksMissing)
         self.ledger.refused(delivery.sender, task, delivery.offset, reason, settles=answers)
         if self.round and answers:
             self.round.fail(delivery.sender)

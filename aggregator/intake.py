@@ -102,9 +102,8 @@ class Intake:
         try:
             await publish(self._writer, "", outbox, encode(barrier), timeout_s=self._settings.patience_s)
             assembly = Assembly.into(buffer, where, participant)
-            self._read_to[participant] = await collect(
-                stream, assembly, end=barrier, patience_s=self._settings.patience_s
-            )
+            await collect(stream, assembly, end=barrier, patience_s=self._settings.patience_s)
+            self._read_to[participant] = assembly.read_to
         finally:
             await stream.close()
         return buffer

@@ -159,11 +159,11 @@ def private_rabbit() -> Iterator[Rabbit]:
         node.end()
 
 
-def about() -> dict[str, Any]:
+def about(module: str = "large_model") -> dict[str, Any]:
     """What a number means nothing without."""
     rabbit = next((path.name for path in PROGRAMS.parent.glob("lib/rabbitmq_server-*")), "")
     return {
-        "command": " ".join(["python -m benchmarks.large_model", *sys.argv[1:]]),
+        "command": " ".join([f"python -m benchmarks.{module}", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "fluffle": version("fluffle"), "python": platform.python_version(), "numpy": version("numpy"),

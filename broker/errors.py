@@ -5,6 +5,7 @@ FluffleError
 ├── DataError           a data set, shard or preprocessing step that cannot work
 ├── TaskError           a learning task that failed or returned nonsense
 ├── BadMessage          something that arrived was refused; `reason` goes to the ledger
+│   └── ChunksMissing   a payload is not whole where it should be: it may be sent again
 ├── StateError          a run, checkpoint or journal that is missing, foreign or damaged
 ├── LeadershipLost      another aggregator leads now, or this one cannot be sure that it does
 └── TransportError
@@ -39,6 +40,10 @@ class BadMessage(FluffleError):
     @property
     def reason(self) -> str:
         return str(self)
+
+
+class ChunksMissing(BadMessage):
+    """Chunks of a payload are not where they should be: the broker lost them, or they were never sent."""
 
 
 class StateError(FluffleError):

@@ -1,5 +1,7 @@
 """What a worker must not forget: the newest order, and a finished update until its fate is known.
 
+How far the update's upload has come is noted beside it: a lost note only means to send more again.
+
 The run never depends on it: a worker that lost its journal is sent its task again.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,14 +26,17 @@ from broker.wire import decode, encode
 
 log = structlog.get_logger(__name__)
 
+LONGEST_COUNT = 10  # digits
+
 
 @dataclass(slots=True)
 class Held:
-    """A finished update. `sent` is true once the broker confirmed it."""
+    """A finished update. `sent` is true once the broker confirmed it; before, its first `confirmed` chunks were."""
 
     update: UpdateReady
     blob: Buffer
     sent: bool = False
+    confirmed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,10 @@ class Journal(Protocol):
 
     async def save_held(self, held: Held) -> None: ...
 
+    async def note_upload(self, held: Held) -> None:
+        """Notes that the held update is on its way, and how far; or, once it is sent or none is confirmed, that
+        there is nothing to go on with."""
+
     async def drop_held(self) -> None: ...
 
 
@@ -69,6 +79,9 @@ class MemoryJournal:
     async def save_held(self, held: Held) -> None:
         self._remembered = Remembered(self._remembered.order, held)
 
+    async def note_upload(self, held: Held) -> None:
+        """It remembers the update as the object that it is, and that knows."""
+
     async def drop_held(self) -> None:
         self._remembered = Remembered(self._remembered.order)
 
@@ -80,6 +93,7 @@ class FileJournal:
         self._order = directory / "order.frame"
         self._update = directory / "update.frame"
         self._body = directory / "update.safetensors"
+        self._upload = directory / "upload.note"
 
     async def load(self) -> Remembered:
         return await asyncio.to_thread(self._load)
@@ -90,12 +104,21 @@ class FileJournal:
     async def save_held(self, held: Held) -> None:
         await asyncio.to_thread(self._save_held, held)
 
+    async def note_upload(self, held: Held) -> None:
+        await asyncio.to_thread(self._note_upload, held)
+
     async def drop_held(self) -> None:
         await asyncio.to_thread(self._drop_held)
 
+    def _note_upload(self, held: Held) -> None:
+        if held.confirmed and not held.sent:
+            _replace(self._upload, _note(held, held.confirmed))
+        else:
+            _remove(self._upload)
+
     def _drop_held(self) -> None:
-        with _writing(self._update):
-            self._update.unlink(missing_ok=True)
+        _remove(self._upload)  # never a note about another update's chunks
+        _remove(self._update)
 
     def _save_held(self, held: Held) -> None:
         self._drop_held()  # never a header that names another update's body
@@ -110,9 +133,25 @@ class FileJournal:
         message, blob = update[0], _read(self._body) or b""
         body = message.body if isinstance(message, UpdateReady) else None
         if isinstance(message, UpdateReady) and (body is None or hashlib.sha256(blob).hexdigest() == body.sha256):
-            return Remembered(order and order[1], Held(message, blob, sent=True))
+            held = Held(message, blob)
+            held.confirmed = self._confirmed(held)
+            held.sent = not held.confirmed  # perhaps: the aggregator will say `missing` if not
+            return Remembered(order and order[1], held)
         _set_aside(self._update, "its body does not match its sha256")
         return Remembered(order and order[1])
+
+    def _confirmed(self, held: Held) -> int:
+        """What the note says; 0 if there is none, or it is damaged or about another update."""
+        note = _read(self._upload) or b""
+        count, chunks = note.partition(b" ")[0], held.update.body.chunks if held.update.body else 0
+        confirmed = int(count) if count.isdigit() and len(count) < LONGEST_COUNT else 0
+        return confirmed if confirmed <= chunks and note == _note(held, confirmed) else 0
+
+
+def _note(held: Held, confirmed: int) -> bytes:
+    """How many chunks of which update, and a checksum of that."""
+    said = f"{confirmed} {held.update.run_id} {held.update.task} {held.update.body and held.update.body.sha256}"
+    return f"{said} {zlib.crc32(said.encode()):08x}".encode()
 
 
 def _frame(path: Path, kind: type[Message]) -> tuple[Message, bytes] | None:
@@ -145,6 +184,11 @@ def _set_aside(path: Path, why: str) -> None:
     with _writing(path):
         path.replace(path.with_suffix(".damaged"))
     log.error("journal_damaged", file=str(path), reason=why, moved_to=str(path.with_suffix(".damaged")))
+
+
+def _remove(path: Path) -> None:
+    with _writing(path):
+        path.unlink(missing_ok=True)
 
 
 def _replace(path: Path, content: Buffer) -> None:

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import structlog
 
-from broker.errors import AccessRefused, ConnectionLost, TransportError
+from broker.errors import AccessRefused, BadMessage, ConnectionLost, TransportError
 from broker.messages import FromParticipant, Where
-from broker.payloads import Address, Assembly, collect, upload, verify
+from broker.payloads import Address, Arrived, Assembly, collect, upload, verify
 from broker.retry import Backoff, publish
 from broker.tensors import Buffer
 from broker.topology import AGGREGATOR, CHUNK, Topology
@@ -65,6 +65,7 @@ class Link:
         self._reader: Transport | None = None
         self._writer: Transport | None = None
         self._welcome = False
+        self._partial: Assembly | None = None  # what came of a model before the connection was lost
 
     async def run(self, listener: Listener) -> None:
         """Connects, listens, sends heartbeats, and begins again when the connection is lost; for ever."""
@@ -85,25 +86,39 @@ class Link:
         key = f"{self.participant}.{message.kind}"
         await publish(_connected(self._writer), self._topology.up, key, encode(message, payload))
 
-    async def deliver(self, held: Held) -> None:
-        """Publishes an update: its chunks first, so that whoever reads of it finds them all."""
+    async def deliver(self, held: Held, arrived: Arrived) -> None:
+        """Publishes an update: its chunks first, from the first that is not confirmed on, so that whoever reads of
+        it finds them all. `arrived` is told how many chunks are confirmed; what it raises ends the delivery."""
         body = held.update.body
         if body is not None and body.where == "stream":
             outbox = Address(self._topology.chunks(self.participant), f"{self.participant}.{CHUNK}")
-            await upload(_connected(self._writer), outbox, body, held.blob)
+            writer = _connected(self._writer)
+            await upload(writer, outbox, body, held.blob, first=held.confirmed, after=arrived)
         await self.send(held.update, held.blob if body is not None and body.where == "inline" else b"")
 
     async def fetch(self, where: Where, payload: memoryview) -> Buffer:
         """The bytes of a global model. Raises TransportError, or BadMessage if they are not there or damaged."""
-        blob: Buffer = payload
-        if where.where == "stream":
-            blob = await asyncio.to_thread(bytearray, where.size_bytes)
-            stream = await _connected(self._reader).read(where.stream, offset=where.first_offset)
-            assembly = Assembly.into(blob, where, AGGREGATOR)
-            await collect(stream, assembly, end=None, patience_s=self._settings.patience_s)
-            await stream.close()
+        blob = await self._download(where) if where.where == "stream" else payload
         await verify(blob, where)
         return blob
+
+    async def _download(self, where: Where) -> Buffer:
+        """Goes on where the last attempt was cut off, if that was to fetch the same."""
+        if self._partial is None or self._partial.where != where:
+            blob = await asyncio.to_thread(bytearray, where.size_bytes)
+            self._partial = Assembly.into(blob, where, AGGREGATOR)
+        partial = self._partial
+        offset = max(where.first_offset, partial.read_to)
+        stream = await _connected(self._reader).read(where.stream, offset=offset)
+        try:
+            await collect(stream, partial, end=None, patience_s=self._settings.patience_s)
+        except BadMessage:  # nothing that came is trusted: it is fetched from the beginning
+            self._partial = None
+            raise
+        finally:
+            await stream.close()
+        self._partial = None
+        return partial.buffer
 
     async def _converse(self, listener: Listener) -> None:
         reader = await self._broker.connect(self.participant, purpose="consume")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -29,6 +30,8 @@ from workers.task import LearningTask, WorkAbandoned
 from workers.trainer import carry_out, train_config
 
 SOFTWARE = f"fluffle {version('fluffle')}"
+NOTE_CHUNKS = 8  # are confirmed, or
+NOTE_S = 2.0  # passed, before the progress of an upload is noted again
 
 log = structlog.get_logger(__name__)
 
@@ -60,6 +63,33 @@ class Order:
 
     told: TrainRound
     payload: memoryview
+
+
+@dataclass(slots=True)
+class Upload:
+    """How far the chunks of a held update have come. It goes on after a cut, and is noted for after a restart.
+
+    A note costs two syncs of a disk, so it is written now and then only; what came after it is sent again.
+    """
+
+    held: Held
+    journal: Journal
+    clock: Callable[[], float]
+    is_wanted: Callable[[], bool]
+    on_resumed: Callable[[], object]
+    noted: int = -NOTE_CHUNKS  # the first that arrive are noted at once
+    noted_at: float = 0.0
+
+    async def arrived(self, count: int) -> None:
+        """The first `count` chunks are confirmed. Raises WorkAbandoned if the update cannot count any more."""
+        if not self.is_wanted():
+            raise WorkAbandoned("the update's fate is known")
+        if self.noted < 0 and self.held.confirmed:
+            self.on_resumed()
+        self.held.confirmed = count
+        if count - self.noted >= NOTE_CHUNKS or self.clock() - self.noted_at >= NOTE_S:
+            self.noted, self.noted_at = count, self.clock()
+            await self.journal.note_upload(self.held)
 
 
 class Worker:
@@ -142,15 +172,26 @@ class Worker:
             self._abandoned.set()
         if held:
             task, fate = told.fates.get(self.participant, (0, "missing"))
-            if told.run_id != held.update.run_id or (task >= held.update.task and fate != "missing"):
+            is_over = told.finished or told.run_id != held.update.run_id
+            if is_over or (task >= held.update.task and fate != "missing"):
                 self._held = None
                 await self.site.journal.drop_held()
                 self._notice("update_settled", task=held.update.task, fate=fate)
             elif task == held.update.task:
-                held.sent = False  # the aggregator does not have it
+                await self._send_again(held)
             elif told.task == held.update.task and self.participant in told.asked:
                 await self.on_heartbeat()  # it did not have it when it asked; has it come meanwhile?
         self._news.set()
+
+    async def _send_again(self, held: Held) -> None:
+        """The aggregator does not have it, and the outbox may have lost what was confirmed: all of it is sent.
+
+        Unless it is on its way already: then this answers what was said before.
+        """
+        if held.sent:
+            held.confirmed = 0
+            await self.site.journal.note_upload(held)
+            held.sent = False
 
     def _status(self) -> dict[str, Any]:
         phase, task = "idle", 0
@@ -169,9 +210,7 @@ class Worker:
             self._news.clear()
             try:
                 if (held := self._held) and not held.sent:
-                    await self._link.deliver(held)  # meanwhile an order may settle it
-                    held.sent = True
-                    self._notice("update_sent", task=held.update.task)
+                    await self._deliver(held)
                 if self._stopping.is_set():
                     return
                 if self._order and self._is_news and self._is_to_do(self._order.told):
@@ -181,6 +220,21 @@ class Worker:
                 if self._stopping.is_set():
                     return
                 log.info("work_waits", participant=self.participant, reason=str(error))
+
+    async def _deliver(self, held: Held) -> None:
+        """Sends an update, unless meanwhile an order settles it: what cannot count any more need not arrive."""
+        resumed = partial(self._notice, "upload_resumed", task=held.update.task, confirmed=held.confirmed)
+        clock = asyncio.get_running_loop().time
+        upload = Upload(held, self.site.journal, clock, lambda: self._held is held, resumed)
+        try:
+            await self._link.deliver(held, upload.arrived)
+        except WorkAbandoned:
+            log.info("upload_abandoned", participant=self.participant, task=held.update.task)
+            return
+        held.sent = True
+        if held.confirmed:
+            await self.site.journal.note_upload(held)
+        self._notice("update_sent", task=held.update.task)
 
     def _is_to_do(self, told: TrainRound) -> bool:
         if self.participant not in told.asked or told.work == "none" or told.finished:

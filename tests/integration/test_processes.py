@@ -14,15 +14,18 @@ from pathlib import Path
 import pytest
 
 from aggregator.settings import RunSettings
+from benchmarks import cut_upload
 from benchmarks.large_model import Plan, measure
 from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
+from broker.payloads import WINDOW
 from broker.topology import Topology
 from fluffle import Result, simulate
 from tests.federation import Federation, names, settings
 from tests.processes import ROOT, Containing, Deployment, Process, deployment
 from tests.rabbit_node import PROGRAMS, Node, Rabbit
 from tests.tasks_for_processes import Gate, Pace, make
+from workers.worker import NOTE_CHUNKS
 
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(300)]
 
@@ -233,6 +236,28 @@ def test_a_large_model_goes_round_with_the_bits_of_its_sums(federation: Deployme
     report = measure(Plan(mb=10, rounds=2), federation)
     assert len(report["seconds_per_round"]) == 2
     assert all(peak > 0 for who, peak in report["peak_rss_mb"].items() if who != "rabbitmq")
+
+
+# -- an upload that is cut --------------------------------------------------------------------------------------
+
+CHUNK_BYTES = 1 << 20
+
+
+def test_a_killed_worker_goes_on_with_its_upload(federation: Deployment) -> None:
+    """The link is cut twice, then the worker dies: it has the update and how far it came from its journal."""
+    report = cut_upload.measure(cut_upload.Plan(mb=40, cuts=2, kills=1), federation)
+    again_bytes = (3 * WINDOW + NOTE_CHUNKS) * CHUNK_BYTES
+    assert report["bytes_sent"] <= 1.01 * report["payload_bytes"] + again_bytes
+    assert len(report["resumed_at_chunk"]) == 3
+    assert report["resumed_at_chunk"] == sorted(report["resumed_at_chunk"])
+
+
+@pytest.mark.slow
+def test_200_mb_cut_five_times_cost_at_most_1_15_times_their_bytes(federation: Deployment) -> None:
+    report = cut_upload.measure(cut_upload.Plan(), federation)
+    assert report["payload_bytes"] > 200_000_000
+    assert report["connections"] >= 2 * (1 + 5)
+    assert 1 < report["ratio"] <= 1.15
 
 
 # -- misuse, in words -------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from broker.errors import StateError
@@ -102,6 +104,100 @@ async def test_the_journal_in_memory_remembers_the_same() -> None:
     assert same(remembered.held, held())
     await journal.drop_held()
     assert await journal.load() == Remembered(order(), None)
+
+
+# -- an upload on its way -------------------------------------------------------------------------------------
+
+
+def on_its_way(task: int = 1, confirmed: int = 0) -> Held:
+    """A large update of which so many of 8 chunks are confirmed."""
+    small = held(task)
+    assert small.update.body
+    body = small.update.body.model_copy(update={"where": "stream", "chunks": 8})
+    return Held(small.update.model_copy(update={"body": body}), small.blob, confirmed=confirmed)
+
+
+def progress(directory: Path) -> tuple[bool, int]:
+    """Whether the next process takes the update for sent, and how much of it it need not send."""
+    remembered = load(directory).held
+    assert remembered
+    return remembered.sent, remembered.confirmed
+
+
+NEVER_NOTED = (True, 0)  # it asks first
+
+
+@pytest.mark.parametrize("confirmed", [1, 7, 8])
+def test_an_upload_goes_on_where_the_process_before_was(tmp_path: Path, confirmed: int) -> None:
+    journal = saved(tmp_path, on_its_way())
+    assert progress(tmp_path) == NEVER_NOTED
+    asyncio.run(journal.note_upload(on_its_way(confirmed=confirmed)))
+    assert progress(tmp_path) == (False, confirmed)
+
+
+def test_what_was_sent_or_is_sent_again_from_the_beginning_has_no_note(tmp_path: Path) -> None:
+    journal, update = saved(tmp_path, on_its_way()), on_its_way(confirmed=5)
+    asyncio.run(journal.note_upload(update))
+    update.sent = True
+    asyncio.run(journal.note_upload(update))
+    assert progress(tmp_path) == NEVER_NOTED
+    asyncio.run(journal.note_upload(on_its_way(confirmed=5)))
+    asyncio.run(journal.note_upload(on_its_way(confirmed=0)))
+    assert progress(tmp_path) == NEVER_NOTED
+
+
+def test_the_same_update_made_anew_has_no_note(tmp_path: Path) -> None:
+    """A repeated attempt gives the same bits: what was confirmed before may be of no use any more."""
+    journal = saved(tmp_path, on_its_way())
+    asyncio.run(journal.note_upload(on_its_way(confirmed=5)))
+    saved(tmp_path, on_its_way())
+    assert progress(tmp_path) == NEVER_NOTED
+
+
+def test_a_note_that_came_after_its_update_was_dropped_is_nothing(tmp_path: Path) -> None:
+    journal = saved(tmp_path, on_its_way(1))
+    asyncio.run(journal.drop_held())
+    asyncio.run(journal.note_upload(on_its_way(1, confirmed=5)))
+    assert load(tmp_path).held is None
+
+
+def test_a_note_is_synced_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = saved(tmp_path, on_its_way())
+    asyncio.run(journal.note_upload(on_its_way(confirmed=3)))
+    for name in ("fsync", "replace"):
+        crash_at(monkeypatch, name, 1)
+        with pytest.raises(Crash):
+            asyncio.run(journal.note_upload(on_its_way(confirmed=5)))
+        monkeypatch.undo()
+        assert progress(tmp_path) == (False, 3)
+
+
+@given(damage=st.binary(max_size=120))
+@settings(deadline=None, max_examples=30)  # a disk takes its time to sync
+def test_a_damaged_note_only_means_to_ask_first(tmp_path_factory: pytest.TempPathFactory, damage: bytes) -> None:
+    directory = tmp_path_factory.mktemp("journal")
+    saved(directory, on_its_way())
+    (directory / "upload.note").write_bytes(damage)
+    assert progress(directory) == NEVER_NOTED
+
+
+@given(place=st.integers(0, 90), bit=st.integers(0, 7))
+@settings(deadline=None, max_examples=30)
+def test_a_note_with_a_flipped_bit_is_not_believed(
+    tmp_path_factory: pytest.TempPathFactory, place: int, bit: int
+) -> None:
+    directory = tmp_path_factory.mktemp("journal")
+    asyncio.run(saved(directory, on_its_way()).note_upload(on_its_way(confirmed=5)))
+    note = bytearray((directory / "upload.note").read_bytes())
+    note[place % len(note)] ^= 1 << bit
+    (directory / "upload.note").write_bytes(note)
+    assert progress(directory) == NEVER_NOTED
+
+
+def test_a_note_about_another_update_is_not_believed(tmp_path: Path) -> None:
+    journal = saved(tmp_path, on_its_way(2))
+    asyncio.run(journal.note_upload(on_its_way(1, confirmed=5)))
+    assert progress(tmp_path) == NEVER_NOTED
 
 
 # -- crashes --------------------------------------------------------------------------------------------------
