@@ -64,9 +64,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class RabbitSettings:
-    """Waits on the way to RabbitMQ. A dead connection is noticed after about three heartbeats."""
+    """Waits on the way to RabbitMQ, which notices a dead connection after two to three heartbeats."""
 
-    heartbeat_s: int = 10
+    heartbeat_s: int = 5
     patience_s: float = 30.0  # for an answer to anything but a publish, which has its own time-out
     restart_s: float = 30.0  # for a restarted broker to find its queues again
 

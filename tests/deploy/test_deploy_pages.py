@@ -91,9 +91,7 @@ def test_events_are_those_that_are_logged() -> None:
         name for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for name in row.strip("`").split("`, `")
     }
     assert len(events) > 15
-    code = "".join(
-        file.read_text("utf-8") for folder in ("aggregator", "workers") for file in (ROOT / folder).rglob("*.py")
-    )
+    code = "".join(file.read_text("utf-8") for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
     for event in events:
         assert f'"{event}"' in code, event
 
