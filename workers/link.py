@@ -69,6 +69,11 @@ class Link:
         self._writer: Transport | None = None
         self._welcome = False
 
+    @property
+    def blocked(self) -> str:
+        """Why the broker takes nothing that is published; empty if it does."""
+        return self._writer.blocked if self._writer is not None else ""
+
     async def run(self, listener: Listener) -> None:
         """Connects, listens, sends heartbeats, and begins again when the connection is lost; for ever."""
         while True:

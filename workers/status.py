@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
 from broker.messages import Count, Fate, Part, Phase, RunId
+
+
+class LinkStatus(Protocol):
+    """The way to the broker: why there is none, and why nothing can be published; empty if all is well."""
+
+    @property
+    def trouble(self) -> str: ...
+
+    @property
+    def blocked(self) -> str: ...
 
 
 class WorkerStatus(Part):
@@ -28,10 +38,12 @@ class WorkerStatus(Part):
     fate: Fate | None = None
 
 
-def waits_for(trouble: str, phase: Phase, task: int, round_number: int) -> str:
+def waits_for(link: LinkStatus, phase: Phase, task: int, round_number: int) -> str:
     """One line for people: what must happen before this worker goes on."""
-    if trouble:
-        return f"the broker: {trouble}"
+    if link.trouble:
+        return f"the broker: {link.trouble}"
+    if link.blocked:
+        return f"the broker, which blocks publishers ({link.blocked})"
     match phase:
         case "training":
             return f"nothing: it works on task {task} of round {round_number}"

@@ -97,7 +97,7 @@ class Worker:
             participant=self.participant,
             federation=self.topology.federation,
             connected=not self._link.trouble,
-            waits_for=waits_for(self._link.trouble, phase, task, told.round if told else 0),
+            waits_for=waits_for(self._link, phase, task, told.round if told else 0),
             phase=phase,
             phase_s=max(0.0, now - self._since),
             run_id=told.run_id if told else "",

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -173,16 +174,25 @@ async def test_a_worker_tells_what_it_does_and_what_it_waits_for(tmp_path: Path)
         await running
 
 
+@dataclass(frozen=True)
+class Way:
+    """To the broker."""
+
+    trouble: str = ""
+    blocked: str = ""
+
+
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        (("gone", "training", 3, 2), "the broker: gone"),
-        (("", "training", 3, 2), "nothing: it works on task 3 of round 2"),
-        (("", "holding", 3, 2), "the fate of its update of task 3"),
-        (("", "idle", 0, 2), "the aggregator, which has nothing for it to do"),
+        ((Way("gone", "full"), "training", 3, 2), "the broker: gone"),
+        ((Way("", "full"), "training", 3, 2), "the broker, which blocks publishers (full)"),
+        ((Way(), "training", 3, 2), "nothing: it works on task 3 of round 2"),
+        ((Way(), "holding", 3, 2), "the fate of its update of task 3"),
+        ((Way(), "idle", 0, 2), "the aggregator, which has nothing for it to do"),
     ],
 )
-def test_a_worker_says_in_words_what_it_waits_for(said: tuple[str, Phase, int, int], words: str) -> None:
+def test_a_worker_says_in_words_what_it_waits_for(said: tuple[Way, Phase, int, int], words: str) -> None:
     assert waits_for(*said) == words
 
 
