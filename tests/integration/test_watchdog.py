@@ -95,9 +95,10 @@ def test_a_loop_that_works_is_left_alone(body: str, limit_s: float) -> None:
 
 
 def test_who_was_frozen_for_longer_is_not_stuck() -> None:
-    with started("asyncio.sleep(4)", 1.0) as process:
+    with started("asyncio.sleep(hang_here(1.5) or 0.5)", 2.0) as process:  # frozen while the loop is asked
         assert process.stdout is not None
         assert process.stdout.readline() == "watched\n"
+        time.sleep(0.7)
         process.send_signal(signal.SIGSTOP)
         time.sleep(3.0)
         process.send_signal(signal.SIGCONT)
