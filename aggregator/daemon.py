@@ -100,6 +100,11 @@ class Aggregator:
 
     def status(self, now: float) -> RunStatus:
         """What this process does at `now`, and what it waits for."""
+        found = self._status(now)
+        reason = self._lead.writer.blocked if self._lead is not None else ""
+        return status.blocked(found, reason) if reason else found
+
+    def _status(self, now: float) -> RunStatus:
         if self._term is not None:
             return self._term.status(now)
         if self._lead is not None:

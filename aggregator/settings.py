@@ -116,30 +116,6 @@ class BrokerSettings(Part):
     refresh_s: Annotated[float, Field(gt=0, description="how often an idle leader republishes its record")] = 240.0
 
 
-class HttpSettings(Part):
-    """Where an aggregator tells its status: read-only, to whoever can reach that address."""
-
-    listen: Annotated[
-        str,
-        Field(
-            pattern=r"^(|[^:\s/]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5})$",
-            description="host:port of the aggregator's endpoint, as 127.0.0.1:8750; port 0: any; empty: none",
-        ),
-    ] = "127.0.0.1:8750"
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port; nothing to listen on is `("", 0)`."""
-        host, _, port = self.listen.rpartition(":")
-        return host.strip("[]"), int(port or 0)
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if self.address[1] > 65535:
-            raise ValueError(f"http.listen = {self.listen!r}: ports end at 65535")
-        return self
-
-
 class RunSettings(Part):
     """One training run."""
 

@@ -73,6 +73,11 @@ def of_standby(settings: RunSettings, name: str) -> RunStatus:
     return _status("standby", "the leader's place: standing by", settings).model_copy(update={"name": name})
 
 
+def blocked(found: RunStatus, reason: str) -> RunStatus:
+    """The same, of one whose publishers the broker blocks: nothing goes on before it stops that."""
+    return found.model_copy(update={"waits_for": f"the broker, which blocks publishers ({reason})"})
+
+
 def _status(role: Literal["standby", "connecting"], waits_for: str, settings: RunSettings) -> RunStatus:
     return RunStatus(
         role=role, waits_for=waits_for, federation=settings.federation, run_id=settings.run_id,

@@ -207,6 +207,10 @@ class FaultyTransport:
         self._strike = strike
         self._broker = broker
 
+    @property
+    def blocked(self) -> str:
+        return self._inner.blocked
+
     async def declare(self, *things: Declaration) -> None:
         target = " ".join(str(getattr(thing, "name", thing)) for thing in things)
         await self._strike("declare", target, "before")

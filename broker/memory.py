@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from broker.errors import AccessRefused, ConnectionLost, TransportError
+from broker import refusals
+from broker.errors import AccessRefused, ConnectionLost, PublishFailed, TransportError
 from broker.inbox import WaitingInbox
 from broker.memory_store import BrokerStats, Consumer, Reader, Store
 from broker.topology import Access
@@ -72,6 +73,12 @@ class MemoryTransport:
         self._may_publish = lru_cache(PERMISSIONS_KEPT)(guard.publish)
         self._inboxes: list[WaitingInbox] = []
         self._lost = ""
+        self._publishes = False
+        self._resumed = asyncio.Event()
+
+    @property
+    def blocked(self) -> str:
+        return self._broker.blocks_publishers if self._publishes else ""
 
     async def declare(self, *things: Declaration) -> None:
         await self._round_trip()
@@ -80,9 +87,11 @@ class MemoryTransport:
             self._store.declare(thing)
 
     async def publish(self, exchange: str, key: str, body: bytes, *, timeout_s: float = 10.0) -> None:
-        del timeout_s  # this broker always answers at once
         await self._round_trip()
         self._may_publish(exchange, key)
+        self._publishes = True
+        if self.blocked:
+            await self._wait_unblocked(exchange or key, timeout_s)
         self._store.publish(exchange, key, body, self.user)
 
     async def consume(self, queue: str, *, prefetch: int = 0) -> Inbox:
@@ -113,7 +122,27 @@ class MemoryTransport:
         """Ends the connection; its inboxes are left for the broker to end."""
         self._lost = self._lost or f"{self.user} {self.purpose}: {why}"
         inboxes, self._inboxes = self._inboxes, []
+        self.resume()
         return inboxes
+
+    def knows_nothing(self) -> None:
+        """Until it publishes again, it is not told that publishers are blocked."""
+        self._publishes = False
+
+    def resume(self) -> None:
+        """Whoever waits to publish looks again."""
+        self._resumed.set()
+
+    async def _wait_unblocked(self, where: str, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.blocked and not self._lost:
+                    self._resumed.clear()
+                    await self._resumed.wait()
+        except TimeoutError:
+            raise PublishFailed(refusals.not_confirmed(repr(where), timeout_s, self.blocked)) from None
+        if self._lost:
+            raise ConnectionLost(self._lost)
 
     async def _round_trip(self) -> None:
         """Gives others their turn before anything happens. The connection may be gone after it."""
@@ -132,6 +161,7 @@ class MemoryBroker:
     def __init__(self, access: Callable[[str], Access] | None = None) -> None:
         self._access = access
         self._running = True
+        self.blocks_publishers = ""  # why
         self._connections: list[MemoryTransport] = []
         self.store = Store()
 
@@ -158,6 +188,17 @@ class MemoryBroker:
         """Starts it again; the time until unused queues expire begins anew."""
         self._running = True
         self.store.renew()
+
+    def block(self, reason: str) -> None:
+        """Takes nothing that is published until `unblock`, as RabbitMQ with an alarm of memory or disk."""
+        self.blocks_publishers = reason
+        for connection in self._connections:
+            connection.knows_nothing()
+
+    def unblock(self) -> None:
+        self.blocks_publishers = ""
+        for connection in self._connections:
+            connection.resume()
 
     def lose_stream_tail(self, name: str, count: int) -> None:
         """Forgets the newest `count` messages of a stream, as a power loss may: streams are not fsynced."""

@@ -14,23 +14,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import aio_pika
 from aio_pika import DeliveryMode, ExchangeType
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import (
+    AMQPConnectionError,
     AMQPError,
     ChannelInvalidStateError,
     ChannelNotFoundEntity,
     ProbableAuthenticationError,
     PublishError,
 )
-from aiormq import spec
+from aiormq import TransportFactory, spec
 from aiormq.abc import AbstractChannel as UnderlayChannel
 from aiormq.abc import AbstractConnection as UnderlayConnection
 from aiormq.abc import DeliveredMessage
@@ -38,6 +39,7 @@ from aiormq.exceptions import ChannelAccessRefused
 from yarl import URL
 
 from broker import refusals
+from broker.blocking import BlockWatch
 from broker.definitions import Arguments, arguments_of
 from broker.errors import (
     AccessRefused,
@@ -64,9 +66,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class RabbitSettings:
-    """Waits on the way to RabbitMQ. A dead connection is noticed after about three heartbeats."""
+    """Waits on the way to RabbitMQ, which notices a dead connection after two to three heartbeats."""
 
-    heartbeat_s: int = 10
+    heartbeat_s: int = 5
     patience_s: float = 30.0  # for an answer to anything but a publish, which has its own time-out
     restart_s: float = 30.0  # for a restarted broker to find its queues again
 
@@ -133,8 +135,49 @@ class RabbitBroker:
         return url
 
 
-async def _connected(url: URL, name: str) -> AbstractConnection:
-    connection = aio_pika.Connection(url, client_properties={"connection_name": name})
+class _Wire(TransportFactory):
+    """TCP or TLS as aiormq would make them, but somebody listens in."""
+
+    def __init__(self, watch: BlockWatch) -> None:
+        self._watch = watch
+
+    async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        provider, loop = options.pop("ssl_context_provider"), asyncio.get_running_loop()
+        context = await provider.get_context() if url.scheme == "amqps" else None
+        reader = _Reporter(self._watch)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        try:
+            wire, _ = await loop.create_connection(
+                lambda: protocol, url.host or "", url.port or 0, ssl=context, **options
+            )
+        except OSError as error:
+            raise AMQPConnectionError(*error.args) from error
+        return reader, asyncio.StreamWriter(wire, protocol, reader, loop)
+
+
+class _Reporter(asyncio.StreamReader):
+    """Tells what arrives."""
+
+    def __init__(self, watch: BlockWatch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def feed_data(self, data: Iterable[SupportsIndex]) -> None:
+        self._watch.feed(bytes(data))
+        super().feed_data(data)
+
+
+class _Connection(aio_pika.Connection):
+    """A connection that knows whether its publishers are blocked."""
+
+    def __init__(self, url: URL, name: str) -> None:
+        super().__init__(url, client_properties={"connection_name": name})
+        self.watch = BlockWatch(name)
+        self.kwargs["transport_factory"] = _Wire(self.watch)
+
+
+async def _connected(url: URL, name: str) -> _Connection:
+    connection = _Connection(url, name)
     try:
         await connection.connect()
     except BaseException:
@@ -161,7 +204,7 @@ def check_broker(properties: Arguments) -> None:
 class RabbitTransport:
     """A connection to RabbitMQ."""
 
-    def __init__(self, connection: AbstractConnection, user: str, name: str, settings: RabbitSettings) -> None:
+    def __init__(self, connection: _Connection, user: str, name: str, settings: RabbitSettings) -> None:
         self.user = user
         self._name = name
         self._connection = connection
@@ -172,6 +215,10 @@ class RabbitTransport:
         self._opening = asyncio.Lock()
         self._underlay = _underlay(connection)
         self._underlay.closing.add_done_callback(self._on_closing)
+
+    @property
+    def blocked(self) -> str:
+        return self._connection.watch.reason
 
     async def declare(self, *things: Declaration) -> None:
         async def declare(channel: AbstractChannel) -> None:
@@ -185,10 +232,7 @@ class RabbitTransport:
         try:
             await self.call(partial(self._publish, exchange, key, body), timeout_s)
         except TimeoutError as error:
-            raise PublishFailed(
-                f"{where} was not confirmed within {timeout_s:g} s: is RabbitMQ short of memory or disk, or did it "
-                "lose that queue when it was killed (then `rabbitmqctl delete_queue` mends it)?"
-            ) from error
+            raise PublishFailed(refusals.not_confirmed(where, timeout_s, self.blocked)) from error
         except PublishError as error:
             raise Unroutable(
                 f"no queue or stream takes what is published to {where}: declare and bind one first"
@@ -244,7 +288,8 @@ class RabbitTransport:
             if task.cancelled():
                 raise ChannelInvalidStateError("its channel was closed")
             if not task.done():
-                raise TimeoutError(f"no answer within {patience_s:g} s")
+                why = f", for {refusals.blocked(self.blocked)}" if self.blocked else ""
+                raise TimeoutError(f"no answer within {patience_s:g} s{why}")
             return task.result()
         finally:
             task.cancel()
@@ -264,7 +309,9 @@ class RabbitTransport:
 
     async def _publish(self, exchange: str, key: str, body: bytes) -> None:
         """Puts the frames behind those before in one step: what is written to a channel that RabbitMQ just closed,
-        because it refused another message, would cost the connection. So it waits for the confirm alone."""
+        because it refused another message, would cost the connection. So it waits for the confirm alone; and before
+        that until publishers are not blocked, for what is written to a blocked connection only piles up."""
+        await self._connection.watch.unblocked.wait()
         properties = spec.Basic.Properties(delivery_mode=DeliveryMode.PERSISTENT, user_id=self.user)
         channel = await self._publishing_channel()
         await channel.basic_publish(  # type: ignore[call-arg]  # aiormq's abstract class does not tell of `wait`

@@ -10,6 +10,9 @@ import re
 TOO_LARGE = re.compile(r"message size (\d+) is larger than (?:configured )?max size (\d+)")
 HELD_TOO_LONG = re.compile(r"delivery acknowledgement .* timed out\. Timeout value used: (\d+) ms")
 HOMELESS = re.compile(r"home node '(.*)' of durable queue '(.*)' in vhost '(.*)' is down or inaccessible")
+LOST_OR_BUSY = (
+    "did RabbitMQ lose that queue when it was killed (then `rabbitmqctl delete_queue` mends it), or is it busy?"
+)
 NOT_OPENED = "Expected one of ['Connection.OpenOk']"  # all that aiormq tells of what RabbitMQ says then
 
 
@@ -32,6 +35,17 @@ def channel_closed(said: str) -> str:
             "was taken back: raise consumer_timeout in rabbitmq.conf, or lower broker.refresh_s"
         )
     return f"its channel was closed ({said}): consume or read again"
+
+
+def blocked(reason: str) -> str:
+    """That publishers are blocked, and what to do."""
+    return f"the broker blocks publishers: {reason}. Make room there, and it goes on by itself"
+
+
+def not_confirmed(where: str, timeout_s: float, reason: str) -> str:
+    """Why there was no confirm: `reason` is that of blocked publishers."""
+    why = blocked(reason) if reason else LOST_OR_BUSY
+    return f"{where} was not confirmed within {timeout_s:g} s: {why}"
 
 
 def not_connected(said: str, user: str, vhost: str) -> str:

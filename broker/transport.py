@@ -92,6 +92,13 @@ class Transport(Protocol):
 
     user: str
 
+    @property
+    def blocked(self) -> str:
+        """Why the broker takes nothing that is published, as "low on memory"; empty if it does.
+
+        A connection is told when it publishes, not before, and what it published then may have arrived.
+        """
+
     async def declare(self, *things: Declaration) -> None:
         """Makes sure that these exist. Declaring the same thing again changes nothing.
 
@@ -101,7 +108,8 @@ class Transport(Protocol):
     async def publish(self, exchange: str, key: str, body: bytes, *, timeout_s: float = 10.0) -> None:
         """Publishes a persistent message and returns once the broker has taken responsibility for it.
 
-        `exchange` "" is the default exchange: `key` names a queue or stream. After PublishFailed or
+        `exchange` "" is the default exchange: `key` names a queue or stream. While publishers are blocked it waits.
+        After PublishFailed or
         ConnectionLost the message may or may not have arrived. Raises Unroutable, AccessRefused, MessageTooLarge.
         """
 

@@ -28,7 +28,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt .
 USER 10001:10001
 WORKDIR /var/lib/fluffle/journal
 STOPSIGNAL SIGTERM
-# A worker that cannot go on exits, so there is nothing to ask it.
+# A worker that cannot go on exits. What else there is to ask it takes site.http: see deploy/compose.yaml.
 HEALTHCHECK NONE
 ENTRYPOINT ["fluffle"]
 CMD ["worker", "--help"]

@@ -15,7 +15,8 @@ from fluffle.secrets import read_secrets
 
 def rabbit_broker(section: BrokerSection) -> RabbitBroker:
     """The broker of a configuration. Raises ConfigError."""
-    return connectable(section.url, section.secrets, RabbitSettings(patience_s=section.patience_s))
+    settings = RabbitSettings(heartbeat_s=section.amqp_heartbeat_s, patience_s=section.patience_s)
+    return connectable(section.url, section.secrets, settings)
 
 
 def connectable(url: str, secrets: str = "", settings: RabbitSettings | None = None) -> RabbitBroker:

@@ -16,6 +16,7 @@ from fluffle.broker_commands import broker_group
 from fluffle.command import Asked, Cli, check_target, configurable, emit, json_option
 from fluffle.control_commands import COMMANDS
 from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS
+from fluffle.rejected_commands import rejected
 from fluffle.run_commands import aggregator, initial, worker
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ def fetch(name: str) -> None:  # noqa: ARG001 - the only one there is
     fetch_mnist(progress=lambda line: click.echo(line, err=True))
 
 
-for _command in (aggregator, worker, initial, broker_group, *COMMANDS):
+for _command in (aggregator, worker, initial, broker_group, *COMMANDS, rejected):
     cli.add_command(_command)
 
 

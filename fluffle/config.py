@@ -19,13 +19,20 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from aggregator.settings import (
     BrokerSettings,
     EvaluationSettings,
-    HttpSettings,
     RoundSettings,
     RunSettings,
     StopSettings,
@@ -39,6 +46,19 @@ PREFIX = "FLUFFLE_"
 RUNS = "runs"
 PARTITION = re.compile(r"iid|natural|dirichlet:\d+(\.\d+)?(e-?\d+)?|shards:[1-9]\d{0,5}")
 TARGET_METRIC = re.compile(r"[A-Za-z0-9_]+:[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def _port_exists(listen: str) -> str:
+    if int(listen.rpartition(":")[2] or 0) > 65535:
+        raise ValueError("ports end at 65535")
+    return listen
+
+
+Listen = Annotated[
+    str,
+    StringConstraints(pattern=r"^(|[^:\s/]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5})$"),
+    AfterValidator(_port_exists),
+]
 
 
 class RunSection(Part):
@@ -92,6 +112,14 @@ class BrokerSection(BrokerSettings):
         str,
         Field(description="a TOML file of passwords by user, for a URL without one (`fluffle broker definitions`)"),
     ] = ""
+    amqp_heartbeat_s: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=600,
+            description="seconds between heartbeats of the connection; who misses two to three is given up",
+        ),
+    ] = 5
 
     @field_validator("url")
     @classmethod
@@ -99,6 +127,28 @@ class BrokerSection(BrokerSettings):
         if value != "memory" and not re.fullmatch(r"amqps?://[^\s/]+.*", value):
             raise ValueError("use memory, or a URL as amqp://user:password@host:5672/vhost")
         return value
+
+
+class HttpSection(Part):
+    """Where an aggregator tells its status: read-only, to whoever can reach that address."""
+
+    listen: Annotated[
+        Listen,
+        Field(description="host:port of the aggregator's endpoint, as 127.0.0.1:8750; port 0: any; empty: none"),
+    ] = "127.0.0.1:8750"
+
+
+class ProcessSection(Part):
+    """What the process of an aggregator or worker does about itself."""
+
+    watchdog_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="an event loop that does not answer for so long ends the process with exit code 70, and "
+            "its supervisor starts it again; 0: never",
+        ),
+    ] = 120.0
 
 
 class SiteSection(Part):
@@ -119,6 +169,9 @@ class SiteSection(Part):
         int,
         Field(ge=0, description="torch's threads; with 1, equal seeds give equal bits everywhere; 0: all cores"),
     ] = 1
+    http: Annotated[
+        Listen, Field(description="host:port of the worker's endpoint, as 127.0.0.1:8760; port 0: any; empty: none")
+    ] = ""
 
 
 class TrainSection(Part):
@@ -149,7 +202,8 @@ class Config(Part):
     run: RunSection = RunSection()
     data: DataSection = DataSection()
     broker: BrokerSection = BrokerSection()
-    http: HttpSettings = HttpSettings()
+    http: HttpSection = HttpSection()
+    process: ProcessSection = ProcessSection()
     round: RoundSettings = RoundSettings()
     stop: StopSettings = StopSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -14,6 +14,7 @@ from fluffle.flags import OPERATOR_FLAGS
 
 if TYPE_CHECKING:
     from broker.messages import Command
+    from broker.transport import Broker
 
 http_option = click.option(
     "--http",
@@ -26,16 +27,21 @@ participant_argument = click.argument("name", metavar="NAME")
 operates = configurable(*OPERATOR_FLAGS, given=(CONFIG_FILE,))
 
 
-def send(asked: Asked, command: Command, participant: str = "") -> None:
-    from fluffle import control
+def operated_on(asked: Asked) -> tuple[Broker, Topology]:
+    """The broker and the federation on it. Raises ConfigError."""
     from fluffle.brokers import rabbit_broker
 
     config = asked.site_config()
     if config.broker.url == "memory":
         raise ConfigError("which broker? give --broker amqp://HOST, or --config RUN.toml")
-    wish = control.wish(command, participant)
-    topology = Topology(config.broker.federation)
-    click.echo(asyncio.run(control.command(rabbit_broker(config.broker), topology, wish)))
+    return rabbit_broker(config.broker), Topology(config.broker.federation)
+
+
+def send(asked: Asked, command: Command, participant: str = "") -> None:
+    from fluffle import control
+
+    broker, topology = operated_on(asked)
+    click.echo(asyncio.run(control.command(broker, topology, control.wish(command, participant))))
 
 
 @click.command()

@@ -43,6 +43,7 @@ SITE_FLAGS = (
     Flag("--task", "task", "TASK", "The learning task here.  [default: the shipped one that the run names]"),
     Flag("--data", "site.data", "WHAT", "`share` of the task's data, `all` of it, or where it is."),
     Flag("--journal", "site.journal", "DIR", "Directory of this worker alone.  [default: journals/...]"),
+    Flag("--http", "site.http", "HOST:PORT", "Where it tells its status.  [default: nowhere]"),
 )
 OPERATOR_FLAGS = tuple(
     flag for flag in SITE_FLAGS if flag.setting in ("broker.url", "broker.secrets", "broker.federation")

@@ -6,7 +6,8 @@ import asyncio
 import fcntl
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,16 @@ import structlog
 from broker.errors import ConfigError, StateError
 from broker.topology import Topology
 from broker.transport import Broker
+from fluffle import endpoint
 from fluffle.config import Config
+from fluffle.endpoint import Health, Pages
 from fluffle.results import peak_rss_mb
 from fluffle.signals import on_signal
+from fluffle.watchdog import watched
 from workers.assignment import Assignment, Holding
 from workers.journal import FileJournal
 from workers.link import WorkerSettings
+from workers.status import WorkerStatus
 from workers.trainer import Sizes
 from workers.worker import Site, Worker
 
@@ -71,19 +76,34 @@ class Until:
     ends: bool = False
 
 
-async def participate(worker: Worker, until: Until) -> None:
+async def participate(config: Config, worker: Worker, until: Until) -> None:
     """Serves run after run until SIGTERM or Ctrl-C, or until what was asked for."""
     log.info("worker_started", participant=worker.participant)
-    with on_signal(worker.stop, signal.SIGTERM, signal.SIGINT):
-        async with asyncio.TaskGroup() as group:
-            ends = [worker.finished.wait] * until.over + [_end_of_input] * until.ends
-            waits = [group.create_task(end()) for end in ends]
-            for wait in waits:
-                wait.add_done_callback(lambda _: worker.stop())
-            await worker.run()
-            for wait in waits:
-                wait.cancel()
+    async with endpoint.serve(config.site.http, pages_of(lambda: worker.status(time.time()))):
+        with watched(config.process.watchdog_s), on_signal(worker.stop, signal.SIGTERM, signal.SIGINT):
+            await _serve(worker, until)
     log.info("worker_stopped", participant=worker.participant, peak_rss_mb=round(peak_rss_mb(), 1))
+
+
+def pages_of(status: Callable[[], WorkerStatus]) -> Pages:
+    """Who is connected is ready."""
+
+    def health() -> Health:
+        now = status()
+        return Health(now.connected, f"{now.phase}: waits for {now.waits_for}")
+
+    return Pages(status, health)
+
+
+async def _serve(worker: Worker, until: Until) -> None:
+    async with asyncio.TaskGroup() as group:
+        ends = [worker.finished.wait] * until.over + [_end_of_input] * until.ends
+        waits = [group.create_task(end()) for end in ends]
+        for wait in waits:
+            wait.add_done_callback(lambda _: worker.stop())
+        await worker.run()
+        for wait in waits:
+            wait.cancel()
 
 
 async def _end_of_input() -> bool:

@@ -75,7 +75,8 @@ def worker(asked: Asked, once: bool, child: bool) -> None:  # noqa: FBT001 - fla
     assignment = check_site(config)
     broker = rabbit_broker(config.broker)
     with opened_journal(config) as journal:
-        asyncio.run(participate(make_worker(config, assignment, journal, broker), Until(once, child)))
+        worker = make_worker(config, assignment, journal, broker)
+        asyncio.run(participate(config, worker, Until(once, child)))
 
 
 @click.command()

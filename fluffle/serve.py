@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 
-from aggregator import endpoint
 from aggregator.daemon import Aggregator
 from aggregator.job import Job, Surroundings
+from aggregator.status import RunStatus
 from broker.head import HeadRecord
 from broker.transport import Broker
+from fluffle import endpoint
 from fluffle.config import Config
 from fluffle.display import Display, notice
+from fluffle.endpoint import Health, Pages
 from fluffle.signals import Terminated, on_signal
+from fluffle.watchdog import watched
 
 
 async def serve(config: Config, job: Job, broker: Broker, display: Display) -> HeadRecord:
@@ -26,14 +30,24 @@ async def serve(config: Config, job: Job, broker: Broker, display: Display) -> H
         terminated.set()
         running.cancel()
 
-    async with endpoint.serve(config.http, lambda: aggregator.status(around.clock())):
-        with on_signal(terminate):
+    async with endpoint.serve(config.http.listen, pages_of(lambda: aggregator.status(around.clock()))):
+        with watched(config.process.watchdog_s), on_signal(terminate):
             try:
                 return await running
             except asyncio.CancelledError:
                 if terminated.is_set():
                     raise Terminated from None
                 raise
+
+
+def pages_of(status: Callable[[], RunStatus]) -> Pages:
+    """Who leads or stands by is ready."""
+
+    def health() -> Health:
+        now = status()
+        return Health(now.role != "connecting", f"{now.role}: waits for {now.waits_for}")
+
+    return Pages(status, health)
 
 
 def wall_s(record: HeadRecord) -> float:

@@ -8,6 +8,7 @@ can serve the tests too, as FLUFFLE_AMQP_URL=amqp://host:port/vhost.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -15,8 +16,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -142,6 +143,16 @@ class Node:
         finally:
             self._set(before)
 
+    @contextmanager
+    def short_of_memory(self) -> Iterator[None]:
+        """With an alarm, so that it blocks publishers. Setting it takes seconds."""
+        before = self.evaluate("vm_memory_monitor:get_vm_memory_high_watermark().")
+        self.control("set_vm_memory_high_watermark", "0.00001")
+        try:
+            yield
+        finally:
+            self.control("set_vm_memory_high_watermark", before)
+
     def _set(self, settings: Mapping[str, object]) -> None:
         self.evaluate(",".join(f"ok = application:set_env(rabbit, {n}, {v})" for n, v in settings.items()) + ".")
 
@@ -179,6 +190,17 @@ class Node:
         """Ends the whole session of that process: the launcher is a shell, RabbitMQ its child."""
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@asynccontextmanager
+async def in_thread(block: Callable[[], AbstractContextManager[None]]) -> AsyncIterator[None]:
+    """A block whose entry and exit take seconds."""
+    entered = block()
+    await asyncio.to_thread(entered.__enter__)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(entered.__exit__, None, None, None)
 
 
 def free_port() -> int:

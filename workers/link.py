@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -30,8 +31,8 @@ def whisper(event: str, **fields: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """Waits, sizes, and who is told what the worker does. `lag_s` adds seconds to a training that took so many:
-    to study slow machines."""
+    """Waits, sizes, time, and who is told what the worker does. `lag_s` adds seconds to a training that took so
+    many: to study slow machines."""
 
     heartbeat_s: float = 10.0
     patience_s: float = 30.0
@@ -39,6 +40,7 @@ class WorkerSettings:
     sizes: Sizes = field(default_factory=Sizes)
     lag_s: Callable[[float], float] = lambda trained_s: 0.0  # noqa: ARG005
     on_notice: Callable[..., object] = whisper  # an event's past-tense word, and its fields
+    clock: Callable[[], float] = time.time
 
 
 class Listener(Protocol):
@@ -60,12 +62,18 @@ class Link:
 
     def __init__(self, participant: str, broker: Broker, topology: Topology, settings: WorkerSettings) -> None:
         self.participant = participant
+        self.trouble = "it is being connected to"  # why there is no connection; empty while there is
         self._broker, self._topology, self._settings = broker, topology, settings
         self._backoff = Backoff(settings.retry_s)
         self._reader: Transport | None = None
         self._writer: Transport | None = None
         self._welcome = False
         self._partial: Assembly | None = None  # what came of a model before the connection was lost
+
+    @property
+    def blocked(self) -> str:
+        """Why the broker takes nothing that is published; empty if it does."""
+        return self._writer.blocked if self._writer is not None else ""
 
     async def run(self, listener: Listener) -> None:
         """Connects, listens, sends heartbeats, and begins again when the connection is lost; for ever."""
@@ -75,7 +83,7 @@ class Link:
             except TransportError as lost:
                 if isinstance(lost, AccessRefused) and not self._welcome:
                     raise
-                pause_s = self._backoff.next_s()
+                self.trouble, pause_s = str(lost), self._backoff.next_s()
                 log.warning(
                     "not_connected", participant=self.participant, reason=str(lost), next_try_s=round(pause_s, 2)
                 )
@@ -127,7 +135,7 @@ class Link:
             try:
                 await self._declare_inbox(reader)
                 inbox = await reader.consume(self._topology.inbox(self.participant), prefetch=1)
-                self._reader, self._writer = reader, writer
+                self._reader, self._writer, self.trouble = reader, writer, ""
                 await listener.on_connected()
                 self._backoff.reset()
                 self._welcome = True
@@ -135,6 +143,7 @@ class Link:
                 await self._listen(inbox, listener)
             finally:
                 self._reader = self._writer = None
+                self.trouble = self.trouble or "the connection was lost"
                 await writer.close()
         finally:
             await reader.close()

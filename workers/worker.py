@@ -19,13 +19,14 @@ from typing import Any
 import structlog
 
 from broker.errors import BadMessage, FluffleError, StateError, TransportError
-from broker.messages import Heartbeat, Join, Leave, TrainFailed, TrainRound
+from broker.messages import Fate, Heartbeat, Join, Leave, Phase, TrainFailed, TrainRound
 from broker.offload import contained
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
 from broker.wire import decode
 from workers.journal import Held, Journal
 from workers.link import Link, WorkerSettings
+from workers.status import WorkerStatus, waits_for
 from workers.task import LearningTask, WorkAbandoned
 from workers.trainer import carry_out, train_config
 
@@ -98,7 +99,7 @@ class Worker:
     def __init__(
         self, site: Site, broker: Broker, topology: Topology, settings: WorkerSettings | None = None
     ) -> None:
-        self.site, self.participant = site, site.participant
+        self.site, self.participant, self.topology = site, site.participant, topology
         self._settings = settings or WorkerSettings()
         self._link = Link(site.participant, broker, topology, self._settings)
         self._order: Order | None = None
@@ -106,6 +107,8 @@ class Worker:
         self._held: Held | None = None
         self._training: TrainRound | None = None
         self._done = ("", 0, 0)  # run, task and attempt that need not be begun again
+        self._settled: tuple[int, Fate | None] = (0, None)
+        self._since = self._settings.clock()  # it does what it does since then
         self._news = asyncio.Event()
         self._abandoned = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -116,6 +119,26 @@ class Worker:
         self._stopping.set()
         self._abandoned.set()
         self._news.set()
+
+    def status(self, now: float) -> WorkerStatus:
+        """What it does at `now`, and what it waits for."""
+        told, held, (phase, task) = self._order and self._order.told, self._held, self._doing()
+        return WorkerStatus(
+            participant=self.participant,
+            federation=self.topology.federation,
+            connected=not self._link.trouble,
+            waits_for=waits_for(self._link, phase, task, told.round if told else 0),
+            phase=phase,
+            phase_s=max(0.0, now - self._since),
+            run_id=told.run_id if told else "",
+            epoch=told.epoch if told else 0,
+            round=told.round if told else 0,
+            task=task,
+            held=held.update.task if held else 0,
+            sent=held is not None and held.sent,
+            settled=self._settled[0],
+            fate=self._settled[1],
+        )
 
     async def run(self) -> None:
         remembered = await self.site.journal.load()
@@ -174,7 +197,8 @@ class Worker:
             task, fate = told.fates.get(self.participant, (0, "missing"))
             is_over = told.finished or told.run_id != held.update.run_id
             if is_over or (task >= held.update.task and fate != "missing"):
-                self._held = None
+                self._held, self._settled = None, (held.update.task, fate)
+                self._since = self._settings.clock()
                 await self.site.journal.drop_held()
                 self._notice("update_settled", task=held.update.task, fate=fate)
             elif task == held.update.task:
@@ -194,13 +218,16 @@ class Worker:
             held.sent = False
 
     def _status(self) -> dict[str, Any]:
-        phase, task = "idle", 0
-        if self._training is not None:
-            phase, task = "training", self._training.task
-        elif self._held is not None:  # "holding" only once it is on its way: the stream keeps that order
-            phase, task = "holding" if self._held.sent else "training", self._held.update.task
+        phase, task = self._doing()
         run_id, epoch = (self._order.told.run_id, self._order.told.epoch) if self._order else ("", 0)
         return {"participant": self.participant, "run_id": run_id, "epoch": epoch, "phase": phase, "task": task}
+
+    def _doing(self) -> tuple[Phase, int]:
+        if self._training is not None:
+            return "training", self._training.task
+        if self._held is not None:  # "holding" only once it is on its way: the stream keeps that order
+            return "holding" if self._held.sent else "training", self._held.update.task
+        return "idle", 0
 
     # -- the work: whatever the newest order and the held update ask for ------------------------------------
 
@@ -231,7 +258,7 @@ class Worker:
         except WorkAbandoned:
             log.info("upload_abandoned", participant=self.participant, task=held.update.task)
             return
-        held.sent = True
+        held.sent, self._since = True, self._settings.clock()
         if held.confirmed:
             await self.site.journal.note_upload(held)
         self._notice("update_sent", task=held.update.task)
@@ -245,6 +272,7 @@ class Worker:
     async def _do(self, order: Order) -> None:
         """One task, from fetching the model to the journaled update. A task that raises is reported."""
         told = self._training = order.told
+        self._since = self._settings.clock()
         self._abandoned.clear()
         self._notice("work_begun", work=told.work, round=told.round, attempt=told.attempt, task=told.task)
         try:
@@ -264,7 +292,7 @@ class Worker:
                 TrainFailed(participant=self.participant, run_id=told.run_id, task=told.task, error=reason)
             )
         finally:
-            self._training = None
+            self._training, self._since = None, self._settings.clock()
         self._done = (told.run_id, told.task, told.attempt)
 
     async def _carry_out(self, order: Order) -> Held:

@@ -7,15 +7,17 @@ contract test begins with `fl.<federation>.`.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from uuid import uuid4
 
 import pytest
-from contract_steps import Connect
+from contract_steps import LOW, Connect, Shortage
 
 from broker.memory import MemoryBroker
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Transport
+from tests.rabbit_node import Node, in_thread
 
 
 @pytest.fixture(params=["memory", pytest.param("rabbitmq", marks=pytest.mark.xdist_group("rabbitmq"))])
@@ -48,6 +50,26 @@ async def connect(broker: Broker, request: pytest.FixtureRequest) -> AsyncIterat
             return transport
 
         yield connect
+
+
+@pytest.fixture
+def short_of_memory(adapter: str, request: pytest.FixtureRequest, broker: Broker) -> Shortage:
+    """A block in which the broker is short of memory, so that it blocks publishers."""
+    if isinstance(broker, MemoryBroker):
+        return partial(blocked, broker)
+    node: Node | None = request.getfixturevalue("rabbit").node
+    if node is None:
+        pytest.skip("alarms are raised in a broker of our own only")
+    return partial(in_thread, node.short_of_memory)
+
+
+@asynccontextmanager
+async def blocked(broker: MemoryBroker) -> AsyncIterator[None]:
+    broker.block(LOW)
+    try:
+        yield
+    finally:
+        broker.unblock()
 
 
 @pytest.fixture

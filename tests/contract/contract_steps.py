@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from broker.transport import Delivery, Inbox, Transport
@@ -9,6 +11,10 @@ from broker.transport import Delivery, Inbox, Transport
 SOON_S = 5.0  # what must come comes within this
 QUIET_S = 0.2  # what has not come by then is taken not to come
 KIB = 1 << 10
+
+
+LOW = "low on memory"
+Shortage = Callable[[], AbstractAsyncContextManager[None]]
 
 
 class Connect(Protocol):

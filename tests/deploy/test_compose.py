@@ -12,6 +12,7 @@ import yaml
 from command_lines import DEPLOY, ROOT, check_all
 
 from broker.topology import Topology
+from fluffle.config import SiteSection
 
 FILE = DEPLOY / "compose.yaml"
 COMPOSE: dict[str, Any] = yaml.safe_load(FILE.read_text("utf-8"))
@@ -59,6 +60,12 @@ def test_every_participant_has_its_own_name_password_and_journal() -> None:
         assert service["volumes"] == [f"journal-{name}:{option(service, 'journal')}"]
         assert option(service, "secrets") == "/run/secrets/secrets.toml"
         assert service["restart"] == "unless-stopped"
+
+
+def test_a_workers_health_is_asked_where_it_is_told() -> None:
+    for service in WORKERS.values():
+        listen = service["environment"]["FLUFFLE_SITE_HTTP"]
+        assert f"http://{SiteSection(http=listen).http}/readyz" in service["healthcheck"]["test"][-1]
 
 
 def test_leader_and_standby_are_the_same() -> None:

@@ -16,6 +16,7 @@ from broker.topology import Topology
 from broker.transport import Queue, Stream
 
 DEPLOYMENT, OPERATIONS = ROOT / "docs" / "deploy.md", ROOT / "docs" / "operations.md"
+PACKAGES = ("broker", "aggregator", "workers", "fluffle")
 PAGES = [DEPLOYMENT, OPERATIONS]
 FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -91,9 +92,7 @@ def test_events_are_those_that_are_logged() -> None:
         name for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for name in row.strip("`").split("`, `")
     }
     assert len(events) > 15
-    code = "".join(
-        file.read_text("utf-8") for folder in ("aggregator", "workers") for file in (ROOT / folder).rglob("*.py")
-    )
+    code = "".join(file.read_text("utf-8") for folder in PACKAGES for file in (ROOT / folder).rglob("*.py"))
     for event in events:
         assert f'"{event}"' in code, event
 

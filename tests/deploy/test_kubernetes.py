@@ -16,6 +16,7 @@ import yaml
 from command_lines import DEPLOY, check_all, load
 
 from broker.topology import PARTICIPANT
+from fluffle.config import ProcessSection
 
 FOLDER = DEPLOY / "kubernetes"
 KUSTOMIZATION = yaml.safe_load((FOLDER / "kustomization.yaml").read_text("utf-8"))
@@ -153,9 +154,14 @@ def test_no_secret_is_here() -> None:
 
 
 def test_a_standby_is_ready_and_nothing_that_is_alive_is_restarted() -> None:
-    (aggregator,) = PODS["aggregator"]["containers"]
-    assert aggregator["livenessProbe"]["httpGet"]["path"] == "/healthz"
-    assert aggregator["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    for name in ("aggregator", "p"):
+        (one,) = PODS[name]["containers"]
+        alive, ready = one["livenessProbe"], one["readinessProbe"]
+        assert (alive["httpGet"]["path"], ready["httpGet"]["path"]) == ("/healthz", "/readyz")
+        assert alive["httpGet"]["port"] == ready["httpGet"]["port"] == one["ports"][0]["name"]
+        assert f"--http=0.0.0.0:{one['ports'][0]['containerPort']}" in one["args"]
+        patience_s = alive["periodSeconds"] * alive["failureThreshold"]
+        assert patience_s > ProcessSection().watchdog_s, "the watchdog says where it hung"
     assert STATEFUL["aggregator"]["spec"]["replicas"] == 2
     assert STATEFUL["rabbitmq"]["spec"]["replicas"] == 1
 

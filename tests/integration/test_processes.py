@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -25,6 +26,7 @@ from tests.federation import Federation, names, settings
 from tests.processes import ROOT, Containing, Deployment, Process, deployment
 from tests.rabbit_node import PROGRAMS, Node, Rabbit
 from tests.tasks_for_processes import Gate, Pace, make
+from workers.status import WorkerStatus
 from workers.worker import NOTE_CHUNKS
 
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(300)]
@@ -338,3 +340,16 @@ def test_a_task_that_is_not_shipped_needs_workers_that_name_it(federation: Deplo
     federation.workers("p01", "p02", task="")
     leader.wait_for("training_failed", error=Containing("which is not shipped: start the worker with --task"))
     refuses(leader, 1, "everybody failed in round 1", "which is not shipped")
+
+
+def test_a_worker_tells_over_http_what_it_does(federation: Deployment) -> None:
+    federation.set_up()
+    worker = federation.worker("p01", "--http", "127.0.0.1:0")
+    url = f"http://127.0.0.1:{worker.wait_for('http_listening').fields['port']}"
+    worker.wait_for("connected")
+    with urlopen(f"{url}/readyz", timeout=10) as ready:
+        assert ready.status == 200
+    with urlopen(f"{url}/status", timeout=10) as status:
+        told = WorkerStatus.model_validate_json(status.read())
+    assert (told.participant, told.connected, told.phase) == ("p01", True, "idle")
+    assert worker.stop() == 0

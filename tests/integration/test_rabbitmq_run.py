@@ -20,8 +20,9 @@ from broker.topology import Topology
 from broker.transport import Broker
 from tests.federation import Federation, Pull, names, settings
 from tests.proxy import proxied
-from tests.rabbit_node import Rabbit
+from tests.rabbit_node import Rabbit, in_thread
 from workers.task import TrainConfig, TrainResult
+from workers.worker import Worker
 
 pytestmark = [pytest.mark.xdist_group("rabbitmq"), pytest.mark.timeout(300)]
 
@@ -149,3 +150,37 @@ async def test_a_restarted_broker_changes_nothing(
     finally:
         gate.set()
     await check(federation, head, expected)
+
+
+BLOCKED = "the broker, which blocks publishers (low on memory)"
+
+
+async def test_an_alarm_stops_a_run_which_says_so_and_goes_on_after(
+    rabbit: Rabbit, federation: Federation, run: tuple[RunSettings, int], expected: str
+) -> None:
+    """RabbitMQ is short of memory in the third round; two updates are in, two are finished meanwhile."""
+    node, gate = rabbit.node, threading.Event()
+    if node is None:
+        pytest.skip("alarms are raised in a broker of our own only")
+    federation.tasks = {name: Gated(name, run[1], gate) for name in ("p01", "p02")}
+    try:
+        async with asyncio.timeout(200), federation.workers() as workers:
+            running = asyncio.create_task(federation.aggregator(run[0]).run())
+            await federation.closed(2)
+            async with in_thread(node.short_of_memory):
+                gate.set()
+                for who in workers[:2]:
+                    await says(who, BLOCKED)
+                assert len(federation.reports) == 2
+            head = await running
+    finally:
+        gate.set()
+    await check(federation, head, expected)
+
+
+async def says(who: Worker, waits_for: str) -> None:
+    """Returns once it says that it waits for that; the test's own time-out ends it."""
+    while True:
+        if waits_for in who.status(time.time()).waits_for:
+            return
+        await asyncio.sleep(0.05)

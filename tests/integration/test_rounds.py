@@ -406,10 +406,8 @@ async def test_a_worker_that_is_stopped_publishes_what_it_has_finished(federatio
         await job.aggregator
     assert federation.reports[0].accepted == 3
     assert federation.reports[1].accepted == 2
-    assert [type(message) for sender, message in await said(federation, Message) if sender == "p03"][-2:] == [
-        UpdateReady,
-        Leave,
-    ]
+    told = [type(message) for sender, message in await said(federation, Message) if sender == "p03"]
+    assert [kind for kind in told if kind is not Heartbeat][-2:] == [UpdateReady, Leave]
 
 
 async def test_a_worker_stops_while_the_broker_cannot_be_reached(federation: Federation) -> None:
@@ -705,3 +703,20 @@ async def run_with_a_loss(federation: Federation, lost: int) -> str:
         federation.broker.lose_stream_tail(TOPOLOGY.updates, lost)
         federation.broker.start()
         return digest(await job.aggregator)
+
+
+async def test_an_aggregator_whose_publishers_are_blocked_says_so_and_goes_on_after(tmp_path: Path) -> None:
+    broker = MemoryBroker(Topology("default").access)
+    federation = Federation(broker, tmp_path, names(2))
+    aggregator = federation.aggregator(settings(2, rounds=2))
+    broker.block("low on disk")
+    async with federation.workers() as workers:
+        running = asyncio.create_task(aggregator.run())
+        async with asyncio.timeout(10):
+            while True:
+                if aggregator.status(time.time()).waits_for == "the broker, which blocks publishers (low on disk)":
+                    break
+                await asyncio.sleep(0)
+        broker.unblock()
+        assert (await running).version == 2
+        assert all("blocks publishers" not in who.status(time.time()).waits_for for who in (aggregator, *workers))

@@ -11,7 +11,9 @@ import pytest
 import structlog
 
 from broker.errors import ConfigError
-from fluffle.brokers import connectable, user_of
+from broker.rabbitmq import RabbitSettings
+from fluffle.brokers import connectable, rabbit_broker, user_of
+from fluffle.config import BrokerSection
 from fluffle.secrets import make_secrets, read_secrets
 
 
@@ -115,6 +117,12 @@ def test_a_user_without_a_password(file: Path) -> None:
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ConfigError, match="amqp"):
         connectable(url, "unused")
+
+
+def test_the_connections_heartbeat_is_a_setting() -> None:
+    section = BrokerSection(url="amqp://p01:x@host", amqp_heartbeat_s=7)
+    assert rabbit_broker(section)._address("p01").query == {"heartbeat": "7"}
+    assert BrokerSection().amqp_heartbeat_s == RabbitSettings().heartbeat_s
 
 
 def test_certificates_need_no_password() -> None:

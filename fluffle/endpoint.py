@@ -1,6 +1,7 @@
-"""Where an aggregator tells its status over HTTP: read-only, and never a reason for the run to fail.
+"""Where a process tells its status over HTTP: read-only, and never a reason for its work to fail.
 
-A standby on the leader's machine finds the address in use: it says so, and tries again until it is free.
+Aggregators and workers have the same three pages. A second process on the same machine finds the address in use:
+it says so, and tries again until it is free.
 """
 
 from __future__ import annotations
@@ -14,13 +15,28 @@ from dataclasses import dataclass, field
 import structlog
 from aiohttp import web
 
-from aggregator.settings import HttpSettings
-from aggregator.status import RunStatus
+from broker.messages import Part
 from broker.retry import Backoff
 
 log = structlog.get_logger(__name__)
 
 FAREWELL_S = 1.0  # for requests that are being answered when it ends
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether a process has its broker, and in words what it does or misses."""
+
+    ready: bool
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """What is told: asked anew for each request, so neither may take long."""
+
+    status: Callable[[], Part]
+    health: Callable[[], Health]
 
 
 @dataclass(slots=True)
@@ -31,16 +47,22 @@ class Endpoint:
     listening: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+def split_address(listen: str) -> tuple[str, int]:
+    """Host and port of `host:port`; nothing to listen on is `("", 0)`."""
+    host, _, port = listen.rpartition(":")
+    return host.strip("[]"), int(port or 0)
+
+
 @asynccontextmanager
-async def serve(settings: HttpSettings, status: Callable[[], RunStatus]) -> AsyncIterator[Endpoint]:
-    """Answers until the block ends, from the moment on that the address is free. `listen` "" serves nothing."""
+async def serve(listen: str, pages: Pages) -> AsyncIterator[Endpoint]:
+    """Answers at `listen` until the block ends, from the moment on that the address is free. "" serves nothing."""
     endpoint = Endpoint()
-    if not settings.listen:
+    if not listen:
         yield endpoint
         return
-    runner = web.AppRunner(application(status), access_log=None, shutdown_timeout=FAREWELL_S)
+    runner = web.AppRunner(application(pages), access_log=None, shutdown_timeout=FAREWELL_S)
     await runner.setup()
-    listening = asyncio.create_task(_listen(runner, settings, endpoint), name="http")
+    listening = asyncio.create_task(_listen(runner, split_address(listen), endpoint), name="http")
     try:
         yield endpoint
     finally:
@@ -50,19 +72,18 @@ async def serve(settings: HttpSettings, status: Callable[[], RunStatus]) -> Asyn
         await runner.cleanup()
 
 
-def application(status: Callable[[], RunStatus]) -> web.Application:
+def application(pages: Pages) -> web.Application:
     """The three pages; every other path or method is refused."""
 
     async def tell(_: web.Request) -> web.Response:
-        return web.Response(text=status().model_dump_json(), content_type="application/json")
+        return web.Response(text=pages.status().model_dump_json(), content_type="application/json")
 
     async def healthy(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
     async def ready(_: web.Request) -> web.Response:
-        now = status()
-        connected = now.role != "connecting"
-        return web.Response(status=200 if connected else 503, text=f"{now.role}: waits for {now.waits_for}\n")
+        health = pages.health()
+        return web.Response(status=200 if health.ready else 503, text=f"{health.words}\n")
 
     app = web.Application()
     for path, handler in (("/status", tell), ("/healthz", healthy), ("/readyz", ready)):
@@ -70,10 +91,10 @@ def application(status: Callable[[], RunStatus]) -> web.Application:
     return app
 
 
-async def _listen(runner: web.AppRunner, settings: HttpSettings, endpoint: Endpoint) -> None:
+async def _listen(runner: web.AppRunner, address: tuple[str, int], endpoint: Endpoint) -> None:
     backoff = Backoff(longest_s=10.0)
     while True:
-        if await _bound(runner, *settings.address):
+        if await _bound(runner, *address):
             break
         await asyncio.sleep(backoff.next_s())
     host, port = runner.addresses[0][:2]
