@@ -19,10 +19,12 @@ from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
 from broker.topology import Topology
 from fluffle import Result, simulate
+from fluffle.chaos.node import PROGRAMS, Node
+from fluffle.chaos.processes import ROOT, Deployment, Process
+from fluffle.chaos.task import Gate, Pace, make
 from tests.federation import Federation, names, settings
-from tests.processes import ROOT, Containing, Deployment, Process, deployment
-from tests.rabbit_node import PROGRAMS, Node, Rabbit
-from tests.tasks_for_processes import Gate, Pace, make
+from tests.processes import Containing, deployment
+from tests.rabbit_node import Rabbit
 
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(300)]
 

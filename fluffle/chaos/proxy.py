@@ -1,0 +1,149 @@
+"""A TCP proxy between somebody and the broker, to break the network on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from threading import Thread
+from typing import Literal
+
+BLOCK = 1 << 16
+SLOW_BLOCK = 1 << 10
+LISTENING_S = 30.0
+
+Way = Literal["up", "down"]  # to the broker, and from it
+
+
+@dataclass(eq=False)
+class Link:
+    """One connection: `up` is written to the broker, `down` to whoever connected."""
+
+    up: asyncio.StreamWriter
+    down: asyncio.StreamWriter
+    closed: set[Way] = field(default_factory=set)
+
+
+@dataclass
+class Proxy:
+    """Passes everything on to `target`, a port of `host`, while it is told to."""
+
+    target: int
+    port: int = 0
+    host: str = "127.0.0.1"
+    served: int = 0  # connections so far
+    bytes_per_s: float = 0.0  # each way of each connection; 0: as fast as it goes
+    _links: set[Link] = field(default_factory=set)
+    _flowing: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def cut(self) -> None:
+        """Every connection is reset; new ones can be made."""
+        for link in self._links:
+            link.up.transport.abort()
+            link.down.transport.abort()
+
+    def close_way(self, way: Way) -> None:
+        """Every connection ends in this direction; the other one goes on until somebody closes it, too."""
+        for link in self._links:
+            link.closed.add(way)
+            with suppress(OSError):
+                (link.up if way == "up" else link.down).write_eof()
+
+    def freeze(self) -> None:
+        """Nothing passes any more, and nobody is told."""
+        self._flowing.clear()
+
+    def thaw(self) -> None:
+        self._flowing.set()
+
+    def slow(self, bytes_per_s: float) -> None:
+        """0 ends it."""
+        self.bytes_per_s = bytes_per_s
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            broker_reader, broker_writer = await asyncio.open_connection(self.host, self.target)
+        except OSError:
+            return writer.transport.abort()
+        self.served += 1
+        link = Link(broker_writer, writer)
+        self._links.add(link)
+        ways = (self._pass(reader, link, "up"), self._pass(broker_reader, link, "down"))
+        await asyncio.wait([asyncio.ensure_future(way) for way in ways])
+        self._links.remove(link)
+        return None
+
+    async def _pass(self, reader: asyncio.StreamReader, link: Link, way: Way) -> None:
+        writer = link.up if way == "up" else link.down
+        with suppress(OSError):
+            while data := await reader.read(SLOW_BLOCK if self.bytes_per_s else BLOCK):
+                await self._flowing.wait()
+                if way not in link.closed:
+                    writer.write(data)
+                    await writer.drain()
+                if self.bytes_per_s:
+                    await asyncio.sleep(len(data) / self.bytes_per_s)
+        await self._flowing.wait()  # an end is no news either while nothing passes
+        writer.close()
+
+
+@asynccontextmanager
+async def proxied(target: int, host: str = "127.0.0.1") -> AsyncIterator[Proxy]:
+    proxy = Proxy(target, host=host)
+    proxy.thaw()
+    server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
+    proxy.port = server.sockets[0].getsockname()[1]
+    try:
+        yield proxy
+    finally:
+        server.close()
+        proxy.thaw()
+        proxy.cut()
+
+
+@dataclass(frozen=True)
+class Proxies:
+    """One for each name, on an event loop in a thread of its own. Any thread may tell them something."""
+
+    by_name: dict[str, Proxy]
+    loop: asyncio.AbstractEventLoop
+    over: asyncio.Event
+
+    @property
+    def ports(self) -> dict[str, int]:
+        return {name: proxy.port for name, proxy in self.by_name.items()}
+
+    def tell(self, name: str, what: Callable[[Proxy], None]) -> None:
+        """Returns once it is done."""
+        done: Future[None] = Future()
+
+        def tell() -> None:
+            what(self.by_name[name])
+            done.set_result(None)
+
+        self.loop.call_soon_threadsafe(tell)
+        done.result(LISTENING_S)
+
+
+@contextmanager
+def proxies(names: Sequence[str], target: int, host: str) -> Iterator[Proxies]:
+    """They serve until the block ends."""
+    ready: Future[Proxies] = Future()
+    thread = Thread(target=lambda: asyncio.run(_serve(names, target, host, ready)), name="proxies", daemon=True)
+    thread.start()
+    found = ready.result(LISTENING_S)
+    try:
+        yield found
+    finally:
+        found.loop.call_soon_threadsafe(found.over.set)
+        thread.join()
+
+
+async def _serve(names: Sequence[str], target: int, host: str, ready: Future[Proxies]) -> None:
+    async with AsyncExitStack() as stack:
+        by_name = {name: await stack.enter_async_context(proxied(target, host)) for name in names}
+        found = Proxies(by_name, asyncio.get_running_loop(), asyncio.Event())
+        ready.set_result(found)
+        await found.over.wait()
