@@ -45,11 +45,17 @@ def chaos(
     from secrets import token_hex
 
     from broker.topology import AGGREGATOR
+    from fluffle.chaos.node import installed
     from fluffle.chaos.plan import Shape
     from fluffle.chaos.scenario import Scenario
     from workers.partition import participant_names
 
     check_target(json_target)
+    if not url and not installed():
+        raise ConfigError(
+            "RabbitMQ is not installed here: install rabbitmq-server 3.10 or newer (Debian, Ubuntu: apt install "
+            "rabbitmq-server), or name a broker that may be used with --broker amqp://HOST --secrets FILE"
+        )
     names = tuple(participant_names(participants))
     address = _address(url, secrets, (AGGREGATOR, *names)) if url else None
     shape = Shape(names, faults, own_broker=address is None, quorum=quorum)

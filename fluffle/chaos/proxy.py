@@ -8,11 +8,12 @@ from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Thread
-from typing import Literal
+from typing import Any, Literal
 
 BLOCK = 1 << 16
 SLOW_BLOCK = 1 << 10
 LISTENING_S = 30.0
+FAREWELL_S = 5.0
 
 Way = Literal["up", "down"]  # to the broker, and from it
 
@@ -36,6 +37,7 @@ class Proxy:
     served: int = 0  # connections so far
     bytes_per_s: float = 0.0  # each way of each connection; 0: as fast as it goes
     _links: set[Link] = field(default_factory=set)
+    _serving: set[asyncio.Task[Any]] = field(default_factory=set)
     _flowing: asyncio.Event = field(default_factory=asyncio.Event)
 
     def cut(self) -> None:
@@ -62,7 +64,19 @@ class Proxy:
         """0 ends it."""
         self.bytes_per_s = bytes_per_s
 
+    async def end(self) -> None:
+        """Cuts everything, and returns when nobody is served any more."""
+        self.thaw()
+        self.cut()
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=FAREWELL_S)
+
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """What the listening socket calls for each connection."""
+        task = asyncio.current_task()
+        assert task
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
         try:
             broker_reader, broker_writer = await asyncio.open_connection(self.host, self.target)
         except OSError:
@@ -99,8 +113,7 @@ async def proxied(target: int, host: str = "127.0.0.1") -> AsyncIterator[Proxy]:
         yield proxy
     finally:
         server.close()
-        proxy.thaw()
-        proxy.cut()
+        await proxy.end()
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from yarl import URL
 
 from aggregator.settings import BrokerSettings, EvaluationSettings, RoundSettings, RunSettings, StopSettings
 from broker.definitions import SALT_BYTES, Enrolment, definitions, password_hash
-from broker.errors import ConfigError, StateError
+from broker.errors import StateError
 from broker.topology import Topology
 from fluffle.chaos import audit
-from fluffle.chaos.node import Node, installed
+from fluffle.chaos.node import Node
 from fluffle.chaos.plan import HELD_ROUNDS, Fault, Shape
 from fluffle.chaos.processes import LEADER, Deployment, Process
 from fluffle.chaos.progress import Closing, Progress
@@ -141,11 +141,6 @@ def _world(scenario: Scenario, directory: Path, on_round: Callable[[int], None])
 
 @contextmanager
 def _private_node(topology: Topology, participants: Sequence[str]) -> Iterator[Node]:
-    if not installed():
-        raise ConfigError(
-            "RabbitMQ is not installed here: install rabbitmq-server 3.10 or newer (Debian, Ubuntu: apt install "
-            "rabbitmq-server), or name a broker that may be used with --broker amqp://HOST --secrets FILE"
-        )
     enrolment = Enrolment(topology, tuple(participants))
     hashes = {user: password_hash(private_password(user), b"salt"[:SALT_BYTES]) for user in enrolment.users}
     node = Node.create(Path(tempfile.mkdtemp(prefix="fluffle-rabbit-")), definitions([enrolment], hashes))
