@@ -9,28 +9,28 @@ from random import Random
 from typing import Literal, get_args
 
 Kind = Literal[
-    "kill", "freeze", "cut", "stall", "slow", "half_up", "half_down", "disk_full", "asleep", "broker_kill",
-    "memory_alarm",
+    "kill", "freeze", "freeze_long", "cut", "stall", "slow", "half_up", "half_down", "disk_full", "asleep",
+    "broker_kill", "memory_alarm",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 LEADER, STANDBY, BROKER = "leader", "standby", "broker"  # a role, not a process: leadership passes
 HELD_ROUNDS = 3  # the last ones wait until all faults have struck
-ROUNDS_PER_FAULT = 1.2
+ROUNDS_PER_FAULT = 1.2  # faults overlap
+QUORUM_ROUNDS_PER_FAULT = 2.0  # less: a quorum helps only while most are there
 ROUNDS_MORE = 5
-LONG_FREEZES = 0.1  # of all freezes: RabbitMQ gives up whoever is silent for two to three heartbeats of 10 s
-LONG_FREEZE_S = (25.0, 40.0)
+LONG_FREEZE_S = (30.0, 40.0)  # RabbitMQ gives up whoever is silent for two to three heartbeats of 10 s
 SLOW_KB_PER_S = (4, 64)
 
 # How often each kind strikes, and how many seconds it lasts.
 WEIGHTS: dict[Kind, int] = {
-    "kill": 30, "freeze": 12, "cut": 20, "stall": 10, "slow": 8, "half_up": 5, "half_down": 5, "disk_full": 5,
-    "asleep": 10, "broker_kill": 4, "memory_alarm": 3,
+    "kill": 30, "freeze": 12, "freeze_long": 2, "cut": 20, "stall": 10, "slow": 8, "half_up": 5, "half_down": 5,
+    "disk_full": 5, "asleep": 10, "broker_kill": 4, "memory_alarm": 3,
 }  # fmt: skip
 LASTS_S: dict[Kind, tuple[float, float]] = {
-    "kill": (0.0, 2.0), "freeze": (0.5, 3.0), "cut": (0.0, 0.0), "stall": (1.0, 6.0), "slow": (2.0, 6.0),
-    "half_up": (0.0, 0.0), "half_down": (0.0, 0.0), "disk_full": (0.5, 3.0), "asleep": (6.0, 15.0),
-    "broker_kill": (0.0, 3.0), "memory_alarm": (1.0, 4.0),
+    "kill": (0.0, 2.0), "freeze": (0.5, 3.0), "freeze_long": LONG_FREEZE_S, "cut": (0.0, 0.0), "stall": (1.0, 6.0),
+    "slow": (2.0, 6.0), "half_up": (0.0, 0.0), "half_down": (0.0, 0.0), "disk_full": (0.5, 3.0),
+    "asleep": (6.0, 15.0), "broker_kill": (0.0, 3.0), "memory_alarm": (1.0, 4.0),
 }  # fmt: skip
 
 
@@ -58,7 +58,8 @@ class Shape:
     @property
     def rounds(self) -> int:
         """Enough for all faults and some undisturbed rounds after them."""
-        return math.ceil(self.faults * ROUNDS_PER_FAULT) + ROUNDS_MORE
+        per_fault = QUORUM_ROUNDS_PER_FAULT if self.quorum else ROUNDS_PER_FAULT
+        return math.ceil(self.faults * per_fault) + ROUNDS_MORE
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -88,7 +89,7 @@ def _fault(dice: Random, kind: Kind, after_round: int, participants: Sequence[st
         whom=_whom(dice, kind, participants),
         after_round=after_round,
         delay_s=round(dice.uniform(0.0, 0.3), 3),
-        lasts_s=round(_lasts_s(dice, kind), 3),
+        lasts_s=round(dice.uniform(*LASTS_S[kind]), 3),
         kb_per_s=dice.randint(*SLOW_KB_PER_S) if kind == "slow" else 0,
     )
 
@@ -96,11 +97,6 @@ def _fault(dice: Random, kind: Kind, after_round: int, participants: Sequence[st
 def _whom(dice: Random, kind: Kind, participants: Sequence[str]) -> str:
     if kind in ("broker_kill", "memory_alarm"):
         return BROKER
-    if kind in ("disk_full", "asleep"):
+    if kind == "asleep":
         return dice.choice(participants)
     return dice.choice((LEADER, LEADER, STANDBY, *participants))  # the leader is what it is all about
-
-
-def _lasts_s(dice: Random, kind: Kind) -> float:
-    is_long = kind == "freeze" and dice.random() < LONG_FREEZES
-    return dice.uniform(*(LONG_FREEZE_S if is_long else LASTS_S[kind]))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from yarl import URL
@@ -25,11 +25,11 @@ from fluffle.chaos.progress import Closing, Progress
 from fluffle.chaos.proxy import proxies
 from fluffle.chaos.quiet import undisturbed_sha256
 from fluffle.chaos.strikes import STANDBY, Strike, World, restart, strike
-from fluffle.chaos.task import LARGE_TASK, TASK, Gate
+from fluffle.chaos.task import LARGE_TASK, TASK, Gate, Pace
 
 STALLED_S = 180.0  # without a closed round: something hangs
 AT_ONCE = 64  # strikes, most of which wait for something
-TRAINS_S = 0.1  # so that a round is something that can be struck
+TRAINS_S, QUORUM_TRAINS_S = 0.1, 1.0  # so that a round is something that can be struck
 AMQP_PORT = 5672
 LONG_S = 3600.0
 IN_CHUNKS = {"inline_bytes": 1024, "chunk_bytes": 16 << 10}
@@ -79,7 +79,7 @@ class Scenario:
         if not self.shape.quorum:
             return RoundSettings(participants=count, deadline_s=120.0, deadline_max_s=120.0)
         return RoundSettings(
-            participants=count, quorum=max(1, count - 1), deadline_s=2.0, deadline_max_s=10.0, late="fold"
+            participants=count, quorum=max(1, count - 1), deadline_s=3.0, deadline_max_s=10.0, late="fold"
         )
 
 
@@ -100,12 +100,13 @@ def perform(scenario: Scenario, plan: Sequence[Fault], directory: Path, on_round
     """First undisturbed, then through the faults. Raises StateError if the run does not get to its end."""
     run = scenario.run
     undisturbed = undisturbed_sha256(run, scenario.shape.participants, directory / "undisturbed")
-    gate = Gate(directory / "gate")
+    gates = first, last = Gate(directory / "first gate"), Gate(directory / "last gate")
     with _world(scenario, directory, on_round) as world:
         began = time.monotonic()
-        _start(scenario, world.federation, gate)
+        _start(scenario, world, gates)
+        first.open()
         strikes = _struck(world, plan, scenario.stalled_s)
-        gate.open()
+        last.open()
         models = {name: _model_of(world.process(name), scenario.stalled_s) for name in (LEADER, STANDBY)}
         return Outcome(
             strikes=strikes,
@@ -161,17 +162,22 @@ def _address(node: Node | None) -> Address:
     return Address(URL.build(scheme="amqp", host="127.0.0.1", port=node.port, path="/"), private_password)
 
 
-def _start(scenario: Scenario, federation: Deployment, gate: Gate) -> None:
-    """Everybody, and returns once a standby stands by and the first round is closed."""
-    run = scenario.run
+def _start(scenario: Scenario, world: World, gates: tuple[Gate, Gate]) -> None:
+    """Everybody. The first round waits for the first gate, the last rounds for the other."""
+    federation, run = world.federation, scenario.run
     federation.set_up()
     for name in (LEADER, STANDBY):
         federation.aggregator(run, "--set", "http.listen=", name=name).wait_for("standing_by")
-    pace = replace(gate.pace(from_round=run.stop.rounds - HELD_ROUNDS + 1), seconds=TRAINS_S)
+    trains_s = QUORUM_TRAINS_S if scenario.shape.quorum else TRAINS_S
+    pace = Pace(trains_s, str(gates[1].path), run.stop.rounds - HELD_ROUNDS + 1, str(gates[0].path))
     settings = ("heartbeat_s", "patience_s", "inline_bytes", "chunk_bytes")
     options = [word for name in settings for word in ("--set", f"broker.{name}={getattr(run.broker, name)}")]
     for participant in scenario.shape.participants:
         federation.worker(participant, *options, pace=pace, task=run.learning_task)
+    for participant in scenario.shape.participants:
+        world.process(participant).wait_for("work_begun")
+    if world.node:
+        world.node.settle()  # everything that the run needs is declared now
 
 
 # -- faults, and after them -------------------------------------------------------------------------------------
@@ -181,9 +187,6 @@ def _struck(world: World, plan: Sequence[Fault], stalled_s: float) -> list[Strik
     """Strikes as the rounds proceed; returns when everything is mended. Raises StateError if nothing goes on."""
     progress = world.progress
     try:
-        progress.wait_beyond(0, stalled_s)
-        if world.node:
-            world.node.settle()
         strikes: list[Future[Strike]] = []
         for fault in plan:
             while progress.closed < fault.after_round:

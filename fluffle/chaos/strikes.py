@@ -197,8 +197,8 @@ def broker_short_of_memory(world: World, _: str, __: Fault) -> Iterator[None]:
 
 Hurt = Callable[[World, str, Fault], AbstractContextManager[None]]
 HURTS: dict[Kind, Hurt] = {
-    "kill": killed, "asleep": killed, "freeze": frozen, "disk_full": disk_full, "cut": cut, "stall": stalled,
-    "slow": slowed, "half_up": half_closed, "half_down": half_closed, "broker_kill": broker_killed,
-    "memory_alarm": broker_short_of_memory,
+    "kill": killed, "asleep": killed, "freeze": frozen, "freeze_long": frozen, "disk_full": disk_full, "cut": cut,
+    "stall": stalled, "slow": slowed, "half_up": half_closed, "half_down": half_closed,
+    "broker_kill": broker_killed, "memory_alarm": broker_short_of_memory,
 }  # fmt: skip
 NETWORK = ("cut", "stall", "slow", "half_up", "half_down")

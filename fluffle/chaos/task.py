@@ -23,11 +23,15 @@ LARGE = 20_000  # numbers in that task's model: 80 kB
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long training takes: so many seconds in every round, and from one round on until a gate is open."""
+    """How long training takes: so many seconds in every round, and from one round on until a gate is open.
+
+    Every round waits for the `first_gate`.
+    """
 
     seconds: float = 0.0
     gate: str = ""
     from_round: int = 1
+    first_gate: str = ""
 
     @property
     def as_data(self) -> str:
@@ -35,9 +39,10 @@ class Pace:
 
     def keep(self, round: int) -> None:  # noqa: A002 - the design's word
         time.sleep(self.seconds)
-        if self.gate and round >= self.from_round:
-            with Path(self.gate).open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH)
+        for gate in (self.first_gate, self.gate if round >= self.from_round else ""):
+            if gate:
+                with Path(gate).open() as file:
+                    fcntl.flock(file, fcntl.LOCK_SH)
 
 
 class Gate:
