@@ -65,8 +65,10 @@ class Progress:
 
     def _reach(self, number: int, at: float) -> None:
         with self._news:
-            if number <= self.closed:
+            before = self.closed
+            if number <= before:
                 return
             self.closings.append(Closing(number, at))
             self._news.notify_all()
-        self._on_round(number)
+        for closed in range(before + 1, number + 1):
+            self._on_round(closed)

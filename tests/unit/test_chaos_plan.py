@@ -119,11 +119,11 @@ def process(name: str) -> Process:
 def test_progress_is_what_anybody_tells_first() -> None:
     told: list[int] = []
     progress = Progress(told.append)
-    for event, number in (("round_closed", 1), ("work_begun", 3), ("round_closed", 2), ("caught_up", 2)):
+    for event, number in (("round_closed", 1), ("work_begun", 4), ("round_closed", 2), ("caught_up", 2)):
         progress.hear(process("p01"), Event(event, {"round": number}, at=float(number)))
-    assert told == [1, 2]
-    assert progress.closings == [Closing(1, 1.0), Closing(2, 3.0)]
-    assert progress.wait_beyond(1, within_s=1.0) == 2
+    assert told == [1, 2, 3]
+    assert progress.closings == [Closing(1, 1.0), Closing(3, 4.0)]
+    assert progress.wait_beyond(1, within_s=1.0) == 3
 
 
 def test_a_run_in_which_no_round_is_closed_any_more_fails() -> None:
