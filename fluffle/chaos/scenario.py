@@ -100,10 +100,13 @@ def perform(scenario: Scenario, plan: Sequence[Fault], directory: Path, on_round
     """First undisturbed, then through the faults. Raises StateError if the run does not get to its end."""
     run = scenario.run
     undisturbed = undisturbed_sha256(run, scenario.shape.participants, directory / "undisturbed")
-    gates = first, last = Gate(directory / "first gate"), Gate(directory / "last gate")
-    with _world(scenario, directory, on_round) as world:
+    with (
+        Gate(directory / "first gate") as first,
+        Gate(directory / "last gate") as last,
+        _world(scenario, directory, on_round) as world,
+    ):
         began = time.monotonic()
-        _start(scenario, world, gates)
+        _start(scenario, world, (first, last))
         first.open()
         strikes = _struck(world, plan, scenario.stalled_s)
         last.open()

@@ -60,6 +60,12 @@ class Gate:
         """Lets everybody pass. May be called twice."""
         self._file.close()
 
+    def __enter__(self) -> Gate:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open()
+
 
 class Pull:
     """Each participant pulls the model halfway towards a point of its own, with noise from the given seed."""

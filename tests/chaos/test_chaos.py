@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from broker.errors import StateError
 from broker.topology import AGGREGATOR
 from fluffle.chaos.node import installed
+from fluffle.chaos.plan import Fault, Shape
 from fluffle.chaos.processes import ROOT
+from fluffle.chaos.scenario import Scenario, perform
 from fluffle.cli import cli
 from tests.rabbit_node import Rabbit, password
 from workers.partition import participant_names
@@ -96,6 +99,19 @@ def test_a_broker_that_is_named_is_used_and_not_struck(rabbit: Rabbit, tmp_path:
     ends_undisturbed(report, 10)
     assert not report["own_broker"]
     assert {"broker_kill", "memory_alarm"}.isdisjoint(report["faults"])
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_go_on_ends_with_the_end_of_every_log(tmp_path: Path) -> None:
+    """A worker sleeps for longer than the command waits."""
+    needs_rabbitmq()
+    shape = Shape(("p01", "p02"), 1)
+    asleep = [Fault("asleep", "p02", after_round=1, delay_s=0.0, lasts_s=600.0)]
+    with pytest.raises(StateError, match="not mended within 5 s") as told:
+        perform(Scenario(1, shape, stalled_s=5.0), asleep, tmp_path, lambda _: None)
+    for name in ("leader", "standby", "p01", "p02"):
+        assert f"--- {name}\n" in str(told.value)
+    assert "work_begun participant=p01" in str(told.value)
 
 
 # -- what cannot work -------------------------------------------------------------------------------------------
