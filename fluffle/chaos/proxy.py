@@ -41,7 +41,7 @@ class Proxy:
     _flowing: asyncio.Event = field(default_factory=asyncio.Event)
 
     def cut(self) -> None:
-        """Every connection is reset; new ones can be made."""
+        """Every connection is closed at both ends, whatever was on its way; new ones can be made."""
         for link in self._links:
             link.up.transport.abort()
             link.down.transport.abort()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
 from broker.errors import StateError
@@ -24,13 +25,16 @@ SHAPES = st.builds(
     st.integers(2, 6), st.integers(1, 150), st.booleans(), st.booleans(),
 )  # fmt: skip
 SEEDS = st.integers(0, 2**32)
+NO_HURRY = given_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
+@NO_HURRY
 @given(SEEDS, SHAPES)
 def test_the_same_seed_gives_the_same_faults(seed: int, shape: Shape) -> None:
     assert draw(seed, shape) == draw(seed, shape)
 
 
+@NO_HURRY
 @given(SEEDS, SHAPES)
 def test_as_many_faults_as_asked_for_strike_in_order_and_before_the_rounds_that_wait_for_them(
     seed: int, shape: Shape
@@ -42,6 +46,7 @@ def test_as_many_faults_as_asked_for_strike_in_order_and_before_the_rounds_that_
     assert rounds[-1] < shape.rounds - HELD_ROUNDS
 
 
+@NO_HURRY
 @given(SEEDS, SHAPES)
 def test_every_kind_occurs_once_there_are_faults_enough(seed: int, shape: Shape) -> None:
     struck = {fault.kind for fault in draw(seed, shape)}
@@ -49,6 +54,7 @@ def test_every_kind_occurs_once_there_are_faults_enough(seed: int, shape: Shape)
     assert struck == set(shape.kinds) or shape.faults < len(shape.kinds)
 
 
+@NO_HURRY
 @given(SEEDS, SHAPES)
 def test_only_what_is_there_is_struck_and_not_for_ever(seed: int, shape: Shape) -> None:
     for fault in draw(seed, shape):
