@@ -90,13 +90,10 @@ async def test_a_slow_way_gives_everything_in_small_pieces() -> None:
         assert first + rest == bytes(4 * SLOW_BLOCK)
 
 
-async def test_a_cut_connection_ends_at_both_ends_and_a_new_one_can_be_made() -> None:
+async def test_a_cut_connection_ends_at_both_ends() -> None:
     async with talk() as it:
         it.proxy.cut()
         assert await it.here.hears() == await it.there.hears() == b""
-        _, writer = await asyncio.open_connection("127.0.0.1", it.proxy.port)
-        writer.close()
-        await writer.wait_closed()
 
 
 def test_proxies_in_a_thread_of_their_own_are_told_things() -> None:
