@@ -26,9 +26,9 @@ from aggregator.settings import RunSettings
 from benchmarks.large_model import BYTES_PER_MB, LONGEST_S, RESULTS, TASK, about, private_rabbit
 from broker import tensors
 from broker.tensors import Arrays
+from fluffle.chaos.proxy import Proxy, proxied_aside
 from tests.federation import settings
 from tests.processes import Deployment, Process, deployment
-from tests.proxy import Proxy, proxied_aside
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,11 @@ from aggregator.settings import RunSettings
 from aggregator.strategies import make_strategy
 from broker import tensors
 from broker.tensors import Arrays
+from fluffle.chaos.node import PROGRAMS, Node
+from fluffle.chaos.processes import Deployment, Process
 from tests.federation import names, settings
-from tests.processes import Deployment, Process, deployment
-from tests.rabbit_node import PROGRAMS, Node, Rabbit
+from tests.processes import deployment
+from tests.rabbit_node import Rabbit, node_definitions
 from workers.task import Evaluation, TrainConfig, TrainResult
 
 TASK = "benchmarks.large_model:Drift"
@@ -97,7 +99,7 @@ class Plan:
         return hashlib.sha256(tensors.encode(model)).hexdigest()
 
 
-def measure(plan: Plan, federation: Deployment) -> dict[str, Any]:
+def measure(plan: Plan, federation: Deployment, node: Node | None) -> dict[str, Any]:
     """One run, and what it cost. Raises AssertionError if its model is not the expected one."""
     initial = federation.directory / "initial.safetensors"
     initial.write_bytes(tensors.encode(plan.initial()))
@@ -113,7 +115,7 @@ def measure(plan: Plan, federation: Deployment) -> dict[str, Any]:
         "peak_rss_mb": {
             "aggregator": round(result["aggregator_peak_rss_mb"], 1),
             **{worker.name: stopped(worker) for worker in workers},
-            "rabbitmq": beam_peak_mb(federation.rabbit.node),
+            "rabbitmq": beam_peak_mb(node),
         },
     }
 
@@ -151,7 +153,7 @@ def status_fields(path: Path) -> dict[str, str]:
 
 @contextmanager
 def private_rabbit() -> Iterator[Rabbit]:
-    node = Node.create(Path(tempfile.mkdtemp(prefix="fluffle-rabbit-")))
+    node = Node.create(Path(tempfile.mkdtemp(prefix="fluffle-rabbit-")), node_definitions())
     try:
         node.start()
         yield Rabbit(URL.build(scheme="amqp", host="127.0.0.1", port=node.port, path="/"), node)
@@ -186,7 +188,7 @@ def main(mb: int, rounds: int, participants: int, out: Path) -> None:
         private_rabbit() as rabbit,
         deployment(rabbit, Path(directory)) as federation,
     ):
-        report = json.dumps(about() | asdict(plan) | measure(plan, federation), indent=2)
+        report = json.dumps(about() | asdict(plan) | measure(plan, federation, rabbit.node), indent=2)
     out.write_text(report + "\n")
     click.echo(report)
 

@@ -13,6 +13,7 @@ import click
 
 from broker.errors import ConfigError
 from fluffle.broker_commands import broker_group
+from fluffle.chaos_commands import chaos
 from fluffle.command import Asked, Cli, check_target, configurable, emit, json_option
 from fluffle.control_commands import COMMANDS
 from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS
@@ -272,7 +273,7 @@ def fetch(name: str) -> None:  # noqa: ARG001 - the only one there is
     fetch_mnist(progress=lambda line: click.echo(line, err=True))
 
 
-for _command in (aggregator, worker, initial, broker_group, *COMMANDS, rejected):
+for _command in (aggregator, worker, initial, broker_group, chaos, *COMMANDS, rejected):
     cli.add_command(_command)
 
 

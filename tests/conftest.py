@@ -14,7 +14,8 @@ import pytest
 from blockbuster import blockbuster_ctx
 from yarl import URL
 
-from tests.rabbit_node import Node, Rabbit, installed
+from fluffle.chaos.node import Node, installed
+from tests.rabbit_node import Rabbit, node_definitions
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -36,7 +37,7 @@ def rabbit() -> Iterator[Rabbit]:
             "RabbitMQ is not installed: `make rabbitmq` gets it, or name one in FLUFFLE_AMQP_URL"
         )
     directory = Path(tempfile.mkdtemp(prefix="fluffle-rabbit-"))
-    node = Node.create(directory)
+    node = Node.create(directory, node_definitions())
     try:
         node.start()
         yield Rabbit(URL.build(scheme="amqp", host="127.0.0.1", port=node.port, path="/"), node)

@@ -8,46 +8,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from aggregator.daemon import Aggregator
 from aggregator.history import History, RoundReport
 from aggregator.job import Job, Surroundings
 from aggregator.settings import BrokerSettings, EvaluationSettings, RoundSettings, RunSettings, StopSettings
 from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
-from broker.tensors import Arrays
 from broker.topology import Topology
 from broker.transport import Broker
+from fluffle.chaos.task import Pull
 from workers.journal import Journal, MemoryJournal
 from workers.link import WorkerSettings
-from workers.task import Evaluation, TrainConfig, TrainResult
 from workers.trainer import Sizes
 from workers.worker import Site, Worker, always
-
-
-class Pull:
-    """Each participant pulls the model halfway towards a point of its own, with noise from the given seed."""
-
-    def __init__(self, name: str, size: int = 7, examples: int = 10) -> None:
-        self.name = "pull"
-        self.num_examples = examples
-        rng = np.random.default_rng(abs(hash(name)) % 1000 if not name[-2:].isdigit() else int(name[-2:]))
-        self.point = rng.normal(size=size).astype(np.float32)
-        self.trained: list[int] = []
-
-    def initial(self) -> Arrays:
-        return {"w": np.zeros(self.point.shape, np.float32), "steps": np.zeros((), np.int64)}
-
-    def train(self, arrays: Arrays, config: TrainConfig) -> TrainResult:
-        self.trained.append(config.round)
-        noise = np.random.default_rng(config.seed).normal(scale=0.01, size=self.point.shape).astype(np.float32)
-        w = arrays["w"] + (self.point - arrays["w"]) / 2 + noise
-        loss = float(np.square(w - self.point).mean())
-        return TrainResult({"w": w, "steps": arrays["steps"] + 1}, self.num_examples, {"loss": loss})
-
-    def evaluate(self, arrays: Arrays) -> Evaluation:
-        return Evaluation({"loss": float(np.square(arrays["w"] - self.point).mean())}, self.num_examples)
 
 
 def names(count: int) -> list[str]:

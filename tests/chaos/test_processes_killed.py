@@ -14,10 +14,11 @@ import pytest
 
 from broker.memory import MemoryBroker
 from broker.topology import Topology
+from fluffle.chaos.processes import LEADER, Deployment, Process
+from fluffle.chaos.task import Gate
 from tests.federation import Federation, names, settings
-from tests.processes import LEADER, Deployment, Process, deployment
+from tests.processes import deployment
 from tests.rabbit_node import Rabbit
-from tests.tasks_for_processes import Gate
 
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(300)]
 

@@ -16,7 +16,8 @@ from yarl import URL
 from aggregator.settings import BrokerSettings
 from broker.topology import AGGREGATOR
 from broker.wire import MAX_FRAME_BYTES
-from tests.rabbit_node import PROGRAMS, Node, Rabbit, installed
+from fluffle.chaos.node import PROGRAMS, Node, installed
+from tests.rabbit_node import Rabbit, node_definitions
 
 FILE = DEPLOY / "rabbitmq.conf"
 LINE = re.compile(r"^([a-z_.0-9]+) = (.+)$", re.MULTILINE)
@@ -37,7 +38,7 @@ def node() -> Iterator[Node]:
     if not installed():
         no_rabbitmq()
     directory = Path(tempfile.mkdtemp(prefix="fluffle-rabbit-"))
-    node = Node.create(directory)
+    node = Node.create(directory, node_definitions())
     text = FILE.read_text("utf-8")
     path = SET["definitions.local.path"]
     assert text.count(path) == 1

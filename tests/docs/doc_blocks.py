@@ -25,7 +25,7 @@ FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | 
 FILE_NAME = re.compile(r"# (?P<name>[\w.]+\.(py|toml))\n")
 ELSEWHERE = {  # need the network, or a broker: read, not run
     *("data fetch", "broker check", "broker setup", "aggregator", "worker", "status", "pause", "resume", "stop"),
-    *("participants list", "participants remove", "participants admit"),
+    *("participants list", "participants remove", "participants admit", "chaos"),
 }
 TRAINING = ("simulate", "central", "local")
 FEWER = 20  # times fewer rounds than the page says

@@ -17,8 +17,8 @@ from broker.payloads import WINDOW
 from broker.tensors import Arrays
 from broker.topology import Topology
 from broker.transport import Broker
+from fluffle.chaos.proxy import proxied
 from tests.federation import Federation, Pull, names, settings
-from tests.proxy import proxied
 from tests.rabbit_node import Rabbit
 from workers.journal import FileJournal
 from workers.task import TrainConfig, TrainResult

@@ -18,8 +18,9 @@ from broker.errors import TransportError
 from broker.fitness import Bench, Finding, examine
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Queue
+from fluffle.chaos.node import Node, installed
 from fluffle.cli import cli
-from tests.rabbit_node import OPERATOR, PARTICIPANTS, Node, Rabbit, installed, password
+from tests.rabbit_node import OPERATOR, PARTICIPANTS, Rabbit, node_definitions, password
 
 pytestmark = pytest.mark.xdist_group("rabbitmq")
 
@@ -210,7 +211,7 @@ def test_a_new_broker_from_definitions_to_fit_and_a_lost_home_is_named(tmp_path:
     document, secrets = tmp_path / "definitions.json", tmp_path / "secrets.toml"
     outcome = fluffle("broker", "definitions", "--count", 2, "--secrets", secrets, "--out", document)
     assert outcome.exit_code == 0, outcome.output
-    node = Node.create(Path(tempfile.mkdtemp(prefix="fluffle-rabbit-")))
+    node = Node.create(Path(tempfile.mkdtemp(prefix="fluffle-rabbit-")), node_definitions())
     node.directory.joinpath("definitions.json").write_bytes(document.read_bytes())
     url, topology = URL.build(scheme="amqp", host="127.0.0.1", port=node.port, path="/"), Topology("default")
     try:

@@ -22,10 +22,12 @@ from broker.memory import MemoryBroker
 from broker.payloads import WINDOW
 from broker.topology import Topology
 from fluffle import Result, simulate
+from fluffle.chaos.node import PROGRAMS, Node
+from fluffle.chaos.processes import ROOT, Deployment, Process
+from fluffle.chaos.task import Gate, Pace, make
 from tests.federation import Federation, names, settings
-from tests.processes import ROOT, Containing, Deployment, Process, deployment
-from tests.rabbit_node import PROGRAMS, Node, Rabbit
-from tests.tasks_for_processes import Gate, Pace, make
+from tests.processes import Containing, deployment
+from tests.rabbit_node import Rabbit
 from workers.status import WorkerStatus
 from workers.worker import NOTE_CHUNKS
 

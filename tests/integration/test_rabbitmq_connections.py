@@ -20,8 +20,9 @@ from broker.rabbitmq import CLOSE_S, RabbitBroker, RabbitSettings, check_broker
 from broker.retry import publish
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Queue, Stream, Transport
-from tests.proxy import proxied
-from tests.rabbit_node import Node, Rabbit, password
+from fluffle.chaos.node import Node
+from fluffle.chaos.proxy import proxied
+from tests.rabbit_node import Rabbit, password
 
 pytestmark = pytest.mark.xdist_group("rabbitmq")
 

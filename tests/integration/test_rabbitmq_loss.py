@@ -14,7 +14,8 @@ from broker.errors import PublishFailed, QueueLost
 from broker.rabbitmq import RabbitSettings
 from broker.topology import AGGREGATOR
 from broker.transport import Queue, Stream, Transport
-from tests.rabbit_node import Node, Rabbit
+from fluffle.chaos.node import Node
+from tests.rabbit_node import Rabbit, node_definitions
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("rabbitmq"), pytest.mark.timeout(300)]
 
@@ -27,7 +28,7 @@ async def node(rabbit: Rabbit, tmp_path: Path) -> AsyncIterator[Node]:
     """One of its own, which never had a queue: `rabbit` is there to skip where there is no RabbitMQ."""
     if rabbit.node is None:
         pytest.skip("the broker that FLUFFLE_AMQP_URL names is not ours to kill")
-    node = await asyncio.to_thread(Node.create, tmp_path)
+    node = await asyncio.to_thread(Node.create, tmp_path, node_definitions())
     try:
         await asyncio.to_thread(node.start)
         yield node

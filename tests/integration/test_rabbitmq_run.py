@@ -18,8 +18,8 @@ from broker.memory import MemoryBroker
 from broker.tensors import Arrays
 from broker.topology import Topology
 from broker.transport import Broker
+from fluffle.chaos.proxy import proxied
 from tests.federation import Federation, Pull, names, settings
-from tests.proxy import proxied
 from tests.rabbit_node import Rabbit, in_thread
 from workers.task import TrainConfig, TrainResult
 from workers.worker import Worker

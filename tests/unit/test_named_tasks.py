@@ -7,10 +7,10 @@ import pytest
 from benchmarks.large_model import TASK as A_CLASS
 from benchmarks.large_model import Drift
 from broker.messages import TrainRound
+from fluffle.chaos.task import TASK as A_FUNCTION
+from fluffle.chaos.task import Pace, Paced
 from fluffle.config import Config, EvaluationSettings, RunSection
 from fluffle.jobs import run_job
-from tests.tasks_for_processes import TASK as A_FUNCTION
-from tests.tasks_for_processes import Pace, Paced
 from workers.assignment import Assignment, Holding
 
 ORDER = TrainRound(

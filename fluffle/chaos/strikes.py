@@ -1,0 +1,204 @@
+"""How each fault is done, and mended: one context manager a kind. Each strike runs in a thread of its own."""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import structlog
+
+from broker.errors import StateError
+from fluffle.chaos import plan
+from fluffle.chaos.node import Node
+from fluffle.chaos.plan import Fault, Kind
+from fluffle.chaos.processes import LEADER, Deployment, Process
+from fluffle.chaos.progress import Progress
+from fluffle.chaos.proxy import Proxies
+
+STANDBY = "standby"  # the process; as in `plan`, but there it is the role
+
+Result = TypeVar("Result")
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """A fault that struck: whom, and from when to when, as `time.monotonic` has it."""
+
+    fault: Fault
+    name: str
+    struck: float
+    mended: float
+
+
+@dataclass
+class World:
+    """Everything that can be struck. `over` ends every pause: the run is, too."""
+
+    federation: Deployment
+    proxies: Proxies
+    progress: Progress
+    node: Node | None
+    pool: ThreadPoolExecutor
+    over: threading.Event = field(default_factory=threading.Event)
+    disks_full: set[str] = field(default_factory=set)  # whose disk ever was: they may end by themselves
+    ended: list[tuple[str, int]] = field(default_factory=list)  # who did, and with which exit code
+    _locks: dict[tuple[str, str], threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
+
+    def do(self, work: Callable[..., Result], *arguments: object) -> Future[Result]:
+        """In a thread of its own. If it fails, whoever waits for progress is told."""
+        future = self.pool.submit(work, self, *arguments)
+        future.add_done_callback(self._tell)
+        return future
+
+    def end(self) -> None:
+        """Nothing that ends from now on is started again."""
+        self.progress.on_end = None
+        self.over.set()
+
+    def _tell(self, done: Future[Result]) -> None:
+        if trouble := done.exception():
+            self.progress.fail(trouble)
+
+    def name_of(self, whom: str) -> str:
+        """Leader and standby are roles; the name is that of a process."""
+        leader = self.progress.leader
+        return {plan.LEADER: leader, plan.STANDBY: STANDBY if leader == LEADER else LEADER}.get(whom, whom)
+
+    def process(self, name: str) -> Process:
+        return self.federation.processes[name]
+
+    def lock(self, kind: Kind, name: str) -> threading.Lock:
+        """Faults of a process, of its network and of the broker overlap; two of the same do not."""
+        return self._locks["network" if kind in NETWORK else "process", name]
+
+
+def strike(world: World, fault: Fault) -> Strike:
+    """One fault from its strike until it is mended."""
+    world.over.wait(fault.delay_s)
+    name = world.name_of(fault.whom)
+    with world.lock(fault.kind, name), HURTS[fault.kind](world, name, fault):
+        struck = time.monotonic()
+        log.info("fault_struck", kind=fault.kind, process=name, lasts_s=fault.lasts_s, round=world.progress.closed)
+        world.over.wait(fault.lasts_s)
+    return Strike(fault, name, struck, time.monotonic())
+
+
+def restart(world: World, process: Process) -> None:
+    """What a supervisor does with a process that ended by itself. Raises StateError if nothing was done to it."""
+    with world.lock("kill", process.name):
+        code = process.code
+        if process.killed or not code:
+            return
+        world.ended.append((process.name, code))
+        if process.name not in world.disks_full:
+            raise StateError(f"{process.name} ended by itself with exit code {code}")
+        log.info("process_started_again", process=process.name, code=code)
+        process.start()
+
+
+# -- kinds of faults --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def killed(world: World, name: str, _: Fault) -> Iterator[None]:
+    process = world.process(name)
+    process.kill()
+    try:
+        yield
+    finally:
+        if not world.over.is_set():
+            process.start()
+
+
+@contextmanager
+def frozen(world: World, name: str, _: Fault) -> Iterator[None]:
+    process = world.process(name)
+    process.freeze()
+    try:
+        yield
+    finally:
+        process.thaw()
+
+
+@contextmanager
+def disk_full(world: World, name: str, _: Fault) -> Iterator[None]:
+    """Not a full disk: the kernel refuses to let this process write into any file. It looks the same to it."""
+    world.disks_full.add(name)
+    pid = world.process(name).pid
+    _let_write(pid, may=False)
+    try:
+        yield
+    finally:
+        _let_write(pid, may=True)
+
+
+def _let_write(pid: int, *, may: bool) -> None:
+    with suppress(ProcessLookupError):  # it has ended by itself, and will be started again
+        _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard if may else 0, hard))
+
+
+@contextmanager
+def cut(world: World, name: str, _: Fault) -> Iterator[None]:
+    world.proxies.tell(name, lambda proxy: proxy.cut())
+    yield
+
+
+@contextmanager
+def stalled(world: World, name: str, _: Fault) -> Iterator[None]:
+    world.proxies.tell(name, lambda proxy: proxy.freeze())
+    try:
+        yield
+    finally:
+        world.proxies.tell(name, lambda proxy: proxy.thaw())
+
+
+@contextmanager
+def slowed(world: World, name: str, fault: Fault) -> Iterator[None]:
+    world.proxies.tell(name, lambda proxy: proxy.slow(1000.0 * fault.kb_per_s))
+    try:
+        yield
+    finally:
+        world.proxies.tell(name, lambda proxy: proxy.slow(0.0))
+
+
+@contextmanager
+def half_closed(world: World, name: str, fault: Fault) -> Iterator[None]:
+    world.proxies.tell(name, lambda proxy: proxy.close_way("up" if fault.kind == "half_up" else "down"))
+    yield
+
+
+@contextmanager
+def broker_killed(world: World, _: str, __: Fault) -> Iterator[None]:
+    assert world.node
+    world.node.kill()
+    try:
+        yield
+    finally:
+        if not world.over.is_set():
+            world.node.start()
+
+
+@contextmanager
+def broker_short_of_memory(world: World, _: str, __: Fault) -> Iterator[None]:
+    assert world.node
+    with world.node.short_of_memory():
+        yield
+
+
+Hurt = Callable[[World, str, Fault], AbstractContextManager[None]]
+HURTS: dict[Kind, Hurt] = {
+    "kill": killed, "asleep": killed, "freeze": frozen, "freeze_long": frozen, "disk_full": disk_full, "cut": cut,
+    "stall": stalled, "slow": slowed, "half_up": half_closed, "half_down": half_closed,
+    "broker_kill": broker_killed, "memory_alarm": broker_short_of_memory,
+}  # fmt: skip
+NETWORK = ("cut", "stall", "slow", "half_up", "half_down")
