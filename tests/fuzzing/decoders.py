@@ -46,7 +46,8 @@ HEAD = HeadRecord(
     run_id="run-1", epoch=2, seq=3, by="1-aa", started=1.0, version=1, round=1, task=2, model=INLINE, state=INLINE,
     previous=CHUNKED, lineage=((1, 0, SHA), (2, 1, SHA)), updates_from=7, members=("p01", "p02"),
     open=OpenRound(
-        work="train", round=2, attempt=1, task=2, epoch=2, cohort=("p01", "p02"), opened=1.0, deadline=9.0, allowed_s=8.0
+        work="train", round=2, attempt=1, task=2, epoch=2, cohort=("p01", "p02"), opened=1.0, deadline=9.0,
+        allowed_s=8.0
     ),
     closed=ClosedRound(work="train", round=1, attempt=1, task=1, cohort=2, opened=0.0, closed=1.0, bytes_up=9),
     settled={"p01": (1, "counted")}, metrics={"loss": 0.1},
@@ -188,9 +189,9 @@ def check_chunks(data: bytes) -> None:
         return
     buffer = bytearray(where.size_bytes)
     assembly = Assembly.into(buffer, where, "p01")
-    offset = now(collect(Pile([*pieces, wire.encode(END)]), assembly, end=END, patience_s=1.0))
+    now(collect(Pile([*pieces, wire.encode(END)]), assembly, end=END, patience_s=1.0))
     assert not assembly.missing
-    assert offset <= len(pieces)
+    assert assembly.read_to <= len(pieces)
     assert sum(len(buffer[piece(where, index)]) for index in range(where.chunks)) == len(buffer)
     if update == SENT and len(pieces) == where.chunks and hashlib.sha256(buffer).hexdigest() != where.sha256:
         raise BadMessage("what `verify` refuses")
