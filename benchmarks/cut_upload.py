@@ -26,9 +26,10 @@ from aggregator.settings import RunSettings
 from benchmarks.large_model import BYTES_PER_MB, LONGEST_S, RESULTS, TASK, about, private_rabbit
 from broker import tensors
 from broker.tensors import Arrays
+from fluffle.chaos.processes import Deployment, Process
 from fluffle.chaos.proxy import Proxy, proxied_aside
 from tests.federation import settings
-from tests.processes import Deployment, Process, deployment
+from tests.processes import deployment
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def measure(plan: Plan, federation: Deployment) -> dict[str, Any]:
     model = federation.directory / "initial.safetensors"
     payload_bytes = model.write_bytes(tensors.encode(plan.initial()))
     federation.set_up()
-    with proxied_aside(federation.rabbit.url.port or 5672) as proxy:
-        address = federation.rabbit.url.with_host("127.0.0.1").with_port(proxy.port)
+    with proxied_aside(federation.url.port or 5672) as proxy:
+        address = federation.url.with_host("127.0.0.1").with_port(proxy.port)
         kills = marked(proxy, plan, payload_bytes)
         leader = federation.aggregator(plan.run, "--set", f"run.initial={model}")
         worker = federation.worker("p01", "--broker", str(address).rstrip("/"), task=TASK)

@@ -17,7 +17,8 @@ from contract_steps import LOW, Connect, Shortage
 from broker.memory import MemoryBroker
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Transport
-from tests.rabbit_node import Node, in_thread
+from fluffle.chaos.node import Node
+from tests.rabbit_node import in_thread
 
 
 @pytest.fixture(params=["memory", pytest.param("rabbitmq", marks=pytest.mark.xdist_group("rabbitmq"))])

@@ -237,7 +237,7 @@ def test_a_deadline_with_quorum_does_what_it_does_on_the_embedded_broker(
 @pytest.mark.slow
 def test_a_large_model_goes_round_with_the_bits_of_its_sums(federation: Deployment) -> None:
     """The benchmark, with a model of a tenth of its size. `measure` compares the digest."""
-    report = measure(Plan(mb=10, rounds=2), federation)
+    report = measure(Plan(mb=10, rounds=2), federation, None)
     assert len(report["seconds_per_round"]) == 2
     assert all(peak > 0 for who, peak in report["peak_rss_mb"].items() if who != "rabbitmq")
 
