@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from asyncio import CancelledError
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ class Poison:
         path = directory / "reading"
         try:
             with path.open("a+b") as file:
-                file.truncate(BYTES)
+                os.posix_fallocate(file.fileno(), 0, BYTES)  # or a full disk would kill us later, as SIGBUS
                 self._note = mmap.mmap(file.fileno(), BYTES)
         except OSError as error:
             raise StateError(f"{path}: cannot be written ({error.strerror or error}): check the disk") from error
@@ -49,7 +50,7 @@ class Poison:
             key = f"{run_id}/{noted - 1}"
             self._ended[key] = self._ended.get(key, 0) + 1
             log.warning("leader_ended_reading", run_id=run_id, offset=noted - 1, times=self._ended[key])
-            replace_file(self._counts, json.dumps(self._ended).encode(), self._counts.with_suffix(".new"))
+            self._store()
         self._write(NOTHING)
 
     @contextmanager
@@ -70,6 +71,12 @@ class Poison:
 
     def _write(self, noted: int) -> None:
         self._note[:] = noted.to_bytes(BYTES, "little")
+
+    def _store(self) -> None:
+        try:
+            replace_file(self._counts, json.dumps(self._ended).encode(), self._counts.with_suffix(".new"))
+        except OSError as error:  # the note stays, so it is counted once there is room
+            raise StateError(f"{self._counts}: cannot be written ({error.strerror or error}): free some") from error
 
     def _load(self) -> dict[str, int]:
         try:

@@ -109,8 +109,8 @@ class Transport(Protocol):
         """Publishes a persistent message and returns once the broker has taken responsibility for it.
 
         `exchange` "" is the default exchange: `key` names a queue or stream. While publishers are blocked it waits.
-        After PublishFailed or
-        ConnectionLost the message may or may not have arrived. Raises Unroutable, AccessRefused, MessageTooLarge.
+        After PublishFailed or ConnectionLost the message may or may not have arrived. Raises Unroutable,
+        AccessRefused, MessageTooLarge.
         """
 
     async def consume(self, queue: str, *, prefetch: int = 0) -> Inbox:

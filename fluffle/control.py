@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from urllib.request import ProxyHandler, build_opener
 
@@ -58,8 +60,16 @@ async def command(broker: Broker, topology: Topology, control: Control, patience
 
 
 async def _listen(transport: Transport, topology: Topology, nonce: str) -> Inbox:
-    try:
+    with expected(topology):
         await transport.declare(*topology.operator_declarations(nonce))
+    return await transport.consume(topology.operator_inbox(nonce))
+
+
+@contextmanager
+def expected(topology: Topology) -> Iterator[None]:
+    """Around the first use of what a federation's aggregator declares. Raises StateError if it is not there."""
+    try:
+        yield
     except (ConnectionLost, AccessRefused):
         raise
     except TransportError as error:
@@ -67,7 +77,6 @@ async def _listen(transport: Transport, topology: Topology, nonce: str) -> Inbox
             f"federation {topology.federation!r} is not set up on this broker ({error}): start its aggregator, or "
             "correct --federation"
         ) from error
-    return await transport.consume(topology.operator_inbox(nonce))
 
 
 async def _answer(answers: Inbox, nonce: str, patience_s: float) -> Answer | None:

@@ -15,6 +15,7 @@ class Flag:
     help: str
 
 
+RUN_DIR = Flag("--run-dir", "run.dir", "DIR", "Where everything of this run is kept.  [default: runs/RUN_ID]")
 FEDERATION_FLAGS = (
     Flag("--broker", "broker.url", "URL", "`memory` (embedded) or amqp://user:password@host/vhost."),
     Flag("--strategy", "strategy.name", "NAME", "How updates are combined: fedavg or fedsgd."),
@@ -22,7 +23,7 @@ FEDERATION_FLAGS = (
     Flag("--target", "round.target", "T", "A round closes at this many updates."),
     Flag("--deadline-s", "round.deadline_s", "S", "Seconds until a round closes with the quorum."),
     Flag("--secrets", "broker.secrets", "FILE", "Passwords by user, for a broker's URL without one."),
-    Flag("--run-dir", "run.dir", "DIR", "Where everything of this run is kept.  [default: runs/RUN_ID]"),
+    RUN_DIR,
 )
 COMMON_FLAGS = (
     Flag("--rounds", "stop.rounds", "R", "Stop after this many rounds."),
@@ -34,7 +35,7 @@ BROKER_FLAGS = tuple(flag for flag in FEDERATION_FLAGS if flag.setting in ("brok
 AGGREGATOR_FLAGS = (
     *BROKER_FLAGS,
     Flag("--http", "http.listen", "HOST:PORT", "Where it tells its status; empty: nowhere."),
-    Flag("--run-dir", "run.dir", "DIR", "Where everything of this run is kept.  [default: runs/RUN_ID]"),
+    RUN_DIR,
 )
 SITE_FLAGS = (
     Flag("--participant", "site.participant", "NAME", "The participant that the worker serves."),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import structlog
 
@@ -53,11 +54,21 @@ def opened_journal(config: Config) -> Iterator[FileJournal]:
     """The journal of this worker alone. Raises StateError if another process has it, or the disk refuses."""
     where = config.site.journal or f"journals/{config.broker.federation}/{config.site.participant}"
     directory = Path(where)
+    with _locked(directory):
+        yield FileJournal(directory)
+
+
+def _locked(directory: Path) -> IO[str]:
+    """The lock on a journal's directory, held until it is closed."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "lock").open("a") as lock:
+        lock = (directory / "lock").open("a")
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield FileJournal(directory)
+        except OSError:
+            lock.close()
+            raise
+        return lock
     except BlockingIOError:
         raise StateError(
             f"{directory}: another worker is using this journal: stop it, or give this one its own --journal"

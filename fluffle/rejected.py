@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from broker.errors import AccessRefused, BadMessage, ConnectionLost, StateError, TransportError
+from broker.errors import BadMessage, StateError
 from broker.messages import Rejected
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery, Inbox, Transport
 from broker.wire import decode
+from fluffle.control import expected
 from fluffle.text import columns
 
 MOST = 10_000  # the queue holds no more
@@ -56,15 +57,8 @@ async def _held(broker: Broker, topology: Topology) -> AsyncIterator[list[Delive
 
 
 async def _inbox(transport: Transport, topology: Topology) -> Inbox:
-    try:
+    with expected(topology):
         return await transport.consume(topology.rejected, prefetch=MOST)
-    except (ConnectionLost, AccessRefused):
-        raise
-    except TransportError as error:
-        raise StateError(
-            f"federation {topology.federation!r} is not set up on this broker ({error}): start its aggregator, or "
-            "correct --federation"
-        ) from error
 
 
 async def _all(inbox: Inbox) -> list[Delivery]:

@@ -23,7 +23,7 @@ from tests.rabbit_node import Rabbit
 from workers.journal import FileJournal
 from workers.task import TrainConfig, TrainResult
 from workers.trainer import Sizes
-from workers.worker import NOTE_CHUNKS
+from workers.upload import NOTE_CHUNKS
 
 TOPOLOGY = Topology("default")
 WHO = "p01"

@@ -29,7 +29,7 @@ from tests.federation import Federation, names, settings
 from tests.processes import Containing, deployment
 from tests.rabbit_node import Rabbit
 from workers.status import WorkerStatus
-from workers.worker import NOTE_CHUNKS
+from workers.upload import NOTE_CHUNKS
 
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(300)]
 
