@@ -79,3 +79,13 @@ def test_damaged_counts_are_forgotten(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_written_is_an_error_in_words(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="reading: cannot be written"):
         Poison(tmp_path / "nowhere")
+
+
+def test_a_full_disk_is_an_error_in_words_and_the_note_is_counted_later(tmp_path: Path) -> None:
+    leader(tmp_path, 7, dies_at=7)
+    (tmp_path / "poison.new").symlink_to("/dev/full")
+    with pytest.raises(StateError, match=r"poison.json: cannot be written .*No space left"):
+        Poison(tmp_path).count("run-1")
+    for _ in range(MOST_ENDED):
+        leader(tmp_path, 7, dies_at=7)
+    assert leader(tmp_path, 7) == [7]
