@@ -40,6 +40,10 @@ class Archive:
         """Writes what a committed record says: manifest, history, ledger. Writing it again changes nothing."""
         await asyncio.to_thread(self._note, record)
 
+    async def note_fates(self, record: HeadRecord) -> None:
+        """Writes what was decided about the updates of another run, whose checkpoints are elsewhere."""
+        await asyncio.to_thread(self.history.record_decided, record.run_id, record.decided)
+
     def _note(self, record: HeadRecord) -> None:
         self.checkpoints.describe(record)
         if record.closed is not None:

@@ -24,11 +24,12 @@ from aggregator.ledger import Ledger, weighted_means
 from aggregator.models import Models
 from aggregator.pace import grown
 from aggregator.progress import best_of, evaluation_due, why_finished
+from aggregator.quota import Quotas
 from aggregator.registry import Registry
 from aggregator.round import Round, Step
 from aggregator.status import RunStatus
 from aggregator.strategies import make_strategy
-from aggregator.takeover import Takeover, commit
+from aggregator.takeover import Takeover, commit, mark_end
 from broker import tensors
 from broker.errors import (
     AccessRefused,
@@ -56,7 +57,7 @@ from broker.messages import (
 from broker.offload import off_loop
 from broker.retry import Backoff, publish
 from broker.topology import AGGREGATOR, Topology
-from broker.transport import Broker, Delivery
+from broker.transport import Broker, Delivery, Inbox
 from broker.wire import FROM_PARTICIPANT, decode, encode
 
 log = structlog.get_logger(__name__)
@@ -144,7 +145,8 @@ class Term:
         self.intake = Intake(lead.reader, lead.writer, topology, settings.broker, scratch)
         self.announcer = Announcer(lead, topology, settings, self.strategy.wants)
         self.registry = Registry((), 0.0, settings.broker.liveness_s)
-        self.blob: tensors.Buffer = b""
+        self.quotas = Quotas(settings.broker.quota_per_s)
+        self.blob: tensors.Buffer = lead.payload
         self.model: tensors.Arrays = {}
         self.round: Round | None = None
         self.removed: set[str] = set()  # as of the message that is read
@@ -165,24 +167,50 @@ class Term:
     def status(self, now: float) -> RunStatus:
         """What this leader does at `now`, and what it waits for."""
         view = status.View(
-            self.settings, self.head, self.round, self.registry, self.caught_up, now - self.began, self.last_failure
-        )
+            self.settings, self.head, self.round, self.registry, self.quotas, self.caught_up, now - self.began,
+            self.last_failure,
+        )  # fmt: skip
         return status.of_leader(view, now)
 
     async def run(self) -> HeadRecord:
         """Reads and decides until the run is finished."""
+        if self.head.finished and self.head.run_id != self.settings.run_id:
+            await self._read_rest()
         await self._take_over()
-        updates = await self.lead.reader.read(self.topology.updates, offset=self.head.updates_from)
+        updates = await self._read_to_end()
+        self._trust_the_record()
+        self._note("caught_up", offset=self.end, round=self.head.round, epoch=self.head.epoch)
+        await self._announce()
         while not self.head.finished:
             delivery = await updates.get(self._wait_s())
             if delivery is not None:
                 await self._receive(delivery)
-            elif not self.caught_up:
-                raise LeadershipLost(f"{self.topology.updates} gave nothing up to its barrier at {self.end}")
-            if self.caught_up:
-                await self._advance(self.around.clock())
+            await self._advance(self.around.clock())
+        await updates.close()
         await self._announce()
+        await self._read_rest()
         return self.head
+
+    async def _read_to_end(self) -> Inbox:
+        """Reads what is in the stream already, from where the record had read to; returns what reads on."""
+        updates = await self.lead.reader.read(self.topology.updates, offset=self.head.updates_from)
+        while not self.caught_up:
+            delivery = await updates.get(self.settings.broker.patience_s)
+            if delivery is None:
+                raise LeadershipLost(f"{self.topology.updates} gave nothing up to its barrier at {self.end}")
+            await self._receive(delivery)
+        return updates
+
+    async def _read_rest(self) -> None:
+        """What came when the run was over is late: nobody waits for it, but the ledger tells of it.
+
+        What comes later still is read by whoever leads next: a standby, or the leader of the next run.
+        """
+        self.end = await mark_end(self.lead, self.topology, self.settings.broker.patience_s)
+        self._start_round()
+        await (await self._read_to_end()).close()
+        if self.ledger.decided:
+            await self._commit_read(self.head.with_(closed=None))
 
     async def _take_over(self) -> None:
         self.began = self.around.clock()
@@ -209,8 +237,6 @@ class Term:
             self.strategy.start(self.model)
 
     def _wait_s(self) -> float:
-        if not self.caught_up:
-            return self.settings.broker.patience_s
         until = self.round.open.deadline if self.round else self.began + self.settings.round.deadline_s
         now = self.around.clock()
         return max(0.0, min(until if until > now or self.round else self.refresh_at, self.refresh_at) - now)
@@ -218,8 +244,10 @@ class Term:
     # -- receiving: every message becomes a decision, in the order of the stream ---------------------------
 
     async def _receive(self, delivery: Delivery) -> None:
-        behind, self.position = not self.caught_up, delivery.offset + 1
+        self.position = delivery.offset + 1
         self.bytes_up += len(delivery.body)
+        if self.caught_up and not self._admits(delivery):
+            return
         message: Message | None = None
         try:
             with self.archive.poison.reading(self.head.run_id, delivery.offset):
@@ -230,15 +258,24 @@ class Term:
                     case Control() if delivery.sender == AGGREGATOR:
                         await self._obey(message)
                     case _:
-                        await self._handle(check_sender(message, delivery), payload, delivery.offset)
+                        await self._handle(check_sender(message, delivery), payload, delivery)
         except BadMessage as bad:
             await self._refuse(delivery, message, bad)
-        if behind and self.caught_up:
-            self._trust_the_record()
-            self._note("caught_up", offset=delivery.offset, round=self.head.round, epoch=self.head.epoch)
-            await self._announce()
 
-    async def _handle(self, message: FromParticipant, payload: memoryview, offset: int) -> None:
+    def _admits(self, delivery: Delivery) -> bool:
+        """Whether its sender is within its quota; if not, the message is not even decoded."""
+        who, now = delivery.sender, self.around.clock()
+        if who == AGGREGATOR or self.quotas.admit(who, len(delivery.body), now):
+            return True
+        ignored = self.quotas.ignored(who)
+        if ignored.bit_count() == 1:  # 1, 2, 4, 8, ...: a flood of messages is none of log lines
+            self._note("quota_exceeded", participant=who, ignored=ignored)
+        if delivery.key == f"{who}.{UpdateReady.kind}":
+            reason = f"{who} sends more than broker.quota_per_s allows"
+            self.ledger.refused(who, 0, delivery.offset, reason, settles=False)
+        return False
+
+    async def _handle(self, message: FromParticipant, payload: memoryview, delivery: Delivery) -> None:
         if message.participant in self.removed:
             raise BadMessage(f"{message.participant} was removed by the operator")
         came = self.registry.hear(message.participant, self.around.clock())
@@ -247,7 +284,7 @@ class Term:
             self._note("waiting_for_participants", live=live, expected=self.settings.round.participants)
         match message:
             case UpdateReady():
-                await self._update(message, payload, offset)
+                await self._update(message, payload, delivery)
             case Join() | Heartbeat():
                 await self._heard(message)
             case TrainFailed() if self.round and (message.run_id, message.task) == (
@@ -262,7 +299,8 @@ class Term:
                 if self.round:
                     self.round.leave(message.participant)
 
-    async def _update(self, update: UpdateReady, payload: memoryview, offset: int) -> None:
+    async def _update(self, update: UpdateReady, payload: memoryview, delivery: Delivery) -> None:
+        offset = delivery.offset
         judged = judge(update, self.head, self.ledger.settled, self.settings.round)
         match judged.verdict:
             case "refused":
@@ -275,6 +313,7 @@ class Term:
             case "counted" if self.round:
                 weight = await self._fold(update, payload, 0)
                 self.ledger.counted(update, offset, weight)
+                self.quotas.refund(update.participant, len(delivery.body))
                 self.round.accept(update.participant, weight)
                 if self.caught_up:  # what is read again came at another time
                     self.arrived_s[update.participant] = self.around.clock() - self.round.open.opened
@@ -459,7 +498,10 @@ class Term:
         await self._commit(record)
         self._start_round()
         await self.intake.forget(self.head.removed)
-        await self.archive.note(self.head)
+        if self.head.run_id == self.settings.run_id:
+            await self.archive.note(self.head)
+        else:
+            await self.archive.note_fates(self.head)
 
     async def _refresh(self) -> None:
         """The same record again. Without an open round nothing needs to be read again: long waits stay cheap."""

@@ -20,7 +20,7 @@ from broker.head import Decision
 from broker.messages import Verdict
 
 APPLICATION = 0x464C4659  # "FLFY": tells our files from other programs' databases
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 UNREADABLE = (ValueError, TypeError, RecursionError)  # what a damaged row is read as
 
@@ -42,9 +42,10 @@ CREATE TABLE IF NOT EXISTS rounds (
     PRIMARY KEY (run_id, task)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS ledger (
-    run_id TEXT NOT NULL, "offset" INTEGER NOT NULL, participant TEXT NOT NULL, task INTEGER NOT NULL,
-    verdict TEXT NOT NULL, weight INTEGER NOT NULL, staleness INTEGER NOT NULL, reason TEXT NOT NULL,
-    PRIMARY KEY (run_id, "offset", participant, task, verdict)
+    run_id TEXT NOT NULL, epoch INTEGER NOT NULL, "offset" INTEGER NOT NULL, participant TEXT NOT NULL,
+    task INTEGER NOT NULL, verdict TEXT NOT NULL, weight INTEGER NOT NULL, version INTEGER NOT NULL,
+    staleness INTEGER NOT NULL, reason TEXT NOT NULL,
+    PRIMARY KEY (run_id, epoch, "offset")
 ) WITHOUT ROWID;
 """
 
@@ -82,8 +83,8 @@ LEDGER_FIELDS = tuple(Decision.model_fields)
 class History:
     """One `history.sqlite`. Methods block, may be called from any thread, and raise StateError.
 
-    A decision is known by run, offset, participant, task and verdict: a broker that lost the tail of its
-    stream assigns the same offsets again.
+    A decision is known by run, epoch and offset: a broker that lost the tail of its stream assigns the same offsets
+    again, to another epoch's leader.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -128,8 +129,8 @@ class History:
             return [_round(row) for row in rows]
 
     def ledger(self, run_id: str) -> list[Decision]:
-        """The fate of everything that arrived, in the order of its arrival."""
-        rows = self._query(_select("ledger", LEDGER_FIELDS, '"offset", task'), run_id)
+        """The fate of everything that arrived, in the order in which it was decided."""
+        rows = self._query(_select("ledger", LEDGER_FIELDS, 'epoch, "offset"'), run_id)
         with self._guarded():
             return [Decision(**dict(zip(LEDGER_FIELDS, row, strict=True))) for row in rows]
 

@@ -19,6 +19,9 @@ class Ledger:
 
     def __init__(self, head: HeadRecord) -> None:
         self.settled: dict[str, tuple[int, Fate]] = dict(head.settled)
+        self._epoch = head.epoch
+        trains = head.open is not None and head.open.work == "train"
+        self._next_version = head.version + 1 if trains else 0
         self.decided: list[Decision] = []
         self.metrics: dict[str, tuple[int, Metrics]] = {}
         self.useless = 0  # refused and duplicate messages
@@ -44,7 +47,7 @@ class Ledger:
     def give_up(self, reason: str) -> None:
         """The open round will never close: what was summed in it goes into no version."""
         self.settled |= {d.participant: (d.task, "late") for d in self.decided if d.weight}
-        late = {"verdict": "late", "weight": 0, "reason": reason[:200]}
+        late = {"verdict": "late", "weight": 0, "version": 0, "reason": reason[:200]}
         self.decided = [d.model_copy(update=late) if d.weight else d for d in self.decided]
 
     def duplicate(self, update: UpdateReady, offset: int, reason: str) -> None:
@@ -74,8 +77,9 @@ class Ledger:
                 return
         self.decided.append(
             Decision(
-                offset=offset, participant=participant, task=task, verdict=verdict,
-                weight=weight, staleness=staleness, reason=reason[:200],
+                epoch=self._epoch, offset=offset, participant=participant, task=task, verdict=verdict,
+                weight=weight, version=self._next_version if weight else 0, staleness=staleness,
+                reason=reason[:200],
             )
         )  # fmt: skip
 

@@ -113,6 +113,14 @@ class BrokerSettings(Part):
     patience_s: Annotated[float, Field(gt=0, description="how long the broker may take to answer")] = 30.0
     inline_bytes: Annotated[int, Field(ge=0, le=1 << 22, description="larger payloads go in chunks")] = 256 << 10
     chunk_bytes: Annotated[int, Field(ge=MIN_CHUNK_BYTES, le=4 << 20, description="size of a chunk")] = 1 << 20
+    quota_per_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="messages that a participant may send beyond its answers, ten seconds' worth at once; "
+            "64 KiB count as one; the rest is ignored, updates are refused",
+        ),
+    ] = 20.0
     refresh_s: Annotated[float, Field(gt=0, description="how often an idle leader republishes its record")] = 240.0
 
 

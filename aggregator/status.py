@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from aggregator import plan
+from aggregator.quota import Quotas
 from aggregator.registry import Registry
 from aggregator.round import Round
 from aggregator.settings import RunSettings
@@ -18,11 +19,15 @@ MOST_NAMED = 10  # participants in one line
 
 
 class LiveParticipant(Part):
-    """One who is live; `phase` is what it last said that it does, nil if this leader has not heard it yet."""
+    """One who is live; `phase` is what it last said that it does, nil if this leader has not heard it yet.
+
+    `ignored` messages were above its quota.
+    """
 
     name: str
     heard_s_ago: float
     phase: Phase | None = None
+    ignored: Count = 0
 
 
 class RunStatus(Part):
@@ -60,6 +65,7 @@ class View:
     head: HeadRecord
     round: Round | None
     registry: Registry
+    quotas: Quotas
     caught_up: bool
     waited_s: float  # since this leader's term began
     last_failure: str
@@ -105,7 +111,7 @@ def of_leader(view: View, now: float) -> RunStatus:
         accepted=tuple(sorted(current.accepted)) if current else (),
         missing=tuple(current.missing) if current else (),
         deadline_left_s=max(0.0, opened.deadline - now) if opened else None,
-        live=live_participants(view.registry, now),
+        live=live_participants(view, now),
         removed=head.removed,
         metrics=head.metrics,
         best=head.best,
@@ -114,12 +120,15 @@ def of_leader(view: View, now: float) -> RunStatus:
     )
 
 
-def live_participants(registry: Registry, now: float) -> tuple[LiveParticipant, ...]:
-    heard = registry.last_heard()
+def live_participants(view: View, now: float) -> tuple[LiveParticipant, ...]:
+    registry, heard = view.registry, view.registry.last_heard()
     return tuple(
-        LiveParticipant(name=name, heard_s_ago=max(0.0, now - heard[name]), phase=registry.phase(name))
+        LiveParticipant(
+            name=name, heard_s_ago=max(0.0, now - heard[name]), phase=registry.phase(name),
+            ignored=view.quotas.ignored(name),
+        )
         for name in registry.live(now)
-    )
+    )  # fmt: skip
 
 
 def waits_for(view: View, now: float) -> str:

@@ -32,7 +32,7 @@ class Takeover:
 
     async def take_over(self, now: float) -> tuple[tensors.Buffer, int]:
         """The global model's bytes, and the offset up to which updates were there before this term."""
-        end = await self._mark_end()
+        end = await mark_end(self._lead, self._topology, self._job.settings.broker.patience_s)
         blob = await (
             self._begin(now, end) if self._lead.record.run_id != self._job.settings.run_id else self._load()
         )
@@ -40,18 +40,6 @@ class Takeover:
             log.error("updates_stream_lost_its_tail", end=end, read_to=self._lead.record.updates_from)
             await commit(self._lead, self._lead.record.with_(updates_from=end, obeyed=None), blob)
         return blob, end
-
-    async def _mark_end(self) -> int:
-        """The offset of a barrier published now."""
-        stream, patience_s = self._topology.updates, self._job.settings.broker.patience_s
-        barrier = encode(Barrier(nonce=secrets.token_hex(8)))
-        tail = await self._lead.reader.read(stream, offset="next", prefetch=1)
-        await publish(self._lead.writer, "", stream, barrier, timeout_s=patience_s)
-        while (delivery := await tail.get(patience_s)) is not None:
-            if delivery.body == barrier:
-                await tail.close()
-                return delivery.offset
-        raise LeadershipLost(f"the barrier in {stream} was not delivered back within {patience_s:g} s")
 
     async def _load(self) -> tensors.Buffer:
         record = self._lead.record
@@ -127,3 +115,15 @@ async def commit(lead: Lead, record: HeadRecord, blob: tensors.Buffer) -> None:
     if record.epoch == lead.record.epoch:
         record = record.with_(seq=lead.record.seq + 1)
     await lead.commit(record, blob if inline else b"")
+
+
+async def mark_end(lead: Lead, topology: Topology, patience_s: float) -> int:
+    """The offset of a barrier published now into `updates`. Raises LeadershipLost if it does not come back."""
+    barrier = encode(Barrier(nonce=secrets.token_hex(8)))
+    tail = await lead.reader.read(topology.updates, offset="next", prefetch=1)
+    await publish(lead.writer, "", topology.updates, barrier, timeout_s=patience_s)
+    while (delivery := await tail.get(patience_s)) is not None:
+        if delivery.body == barrier:
+            await tail.close()
+            return delivery.offset
+    raise LeadershipLost(f"the barrier in {topology.updates} was not delivered back within {patience_s:g} s")

@@ -38,13 +38,19 @@ class OpenRound(Part):
 
 
 class Decision(Part):
-    """What became of one message in `updates`: one line of the ledger."""
+    """What became of one message in `updates`: one line of the ledger.
 
+    A broker that lost the tail of a stream gives its offsets again, but that costs the leader its connection: so
+    within the `epoch` of the leader that decided, an offset names one message.
+    """
+
+    epoch: Count
     offset: Count
     participant: Word
     task: Count
     verdict: Verdict
     weight: Count = 0  # integer weight in the sum; 0 was not summed
+    version: Count = 0  # of the model that it went into; 0: none
     staleness: Count = 0
     reason: Text = ""
 

@@ -117,7 +117,7 @@ class BrokerSection(BrokerSettings):
         Field(
             ge=1,
             le=600,
-            description="seconds between heartbeats of the connection; who misses two to three is given up",
+            description="RabbitMQ gives up a connection, and its lead, that was silent for about twice this long",
         ),
     ] = 5
 

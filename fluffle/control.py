@@ -11,7 +11,7 @@ from urllib.request import ProxyHandler, build_opener
 
 from pydantic import ValidationError
 
-from aggregator.status import RunStatus
+from aggregator.status import LiveParticipant, RunStatus
 from broker.errors import AccessRefused, ConfigError, ConnectionLost, StateError, TransportError
 from broker.messages import Answer, Command, Control
 from broker.retry import publish
@@ -144,7 +144,12 @@ def _run_lines(status: RunStatus) -> list[tuple[str, str]]:
 
 def live_table(status: RunStatus) -> str:
     """Who is live and what they said last; who was removed."""
-    rows = [(p.name, f"{p.heard_s_ago:.0f} s ago", p.phase or "not heard yet") for p in status.live]
+    rows = [(p.name, f"{p.heard_s_ago:.0f} s ago", _doing(p)) for p in status.live]
     table = columns([("PARTICIPANT", "LAST HEARD", "PHASE"), *rows]) if rows else "no participant is live\n"
     removed = f"removed by the operator: {', '.join(status.removed)}\n" if status.removed else ""
     return table + removed
+
+
+def _doing(participant: LiveParticipant) -> str:
+    flood = f", {participant.ignored} messages above its quota ignored" if participant.ignored else ""
+    return f"{participant.phase or 'not heard yet'}{flood}"

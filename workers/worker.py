@@ -162,12 +162,11 @@ class Worker:
     async def _consider(self, told: TrainRound) -> None:
         """What an order means for the work in hand and for the held update."""
         doing, held = self._training, self._held
-        if doing and (told.run_id != doing.run_id or (told.task != doing.task and not told.late_counts)):
+        if doing and (is_over(told, doing.run_id) or (told.task != doing.task and not told.late_counts)):
             self._abandoned.set()
         if held:
             task, fate = told.fates.get(self.participant, (0, "missing"))
-            is_over = told.finished or told.run_id != held.update.run_id
-            if is_over or (task >= held.update.task and fate != "missing"):
+            if is_over(told, held.update.run_id) or (task >= held.update.task and fate != "missing"):
                 self._held, self._settled = None, (held.update.task, fate)
                 self._since = self._settings.clock()
                 await self.site.journal.drop_held()
@@ -289,6 +288,11 @@ class Worker:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._abandoned.wait(), lag_s)
                 raise WorkAbandoned("a newer round began")
+
+
+def is_over(told: TrainRound, run_id: str) -> bool:
+    """Whether nothing that is done for that run can matter any more."""
+    return told.finished or told.run_id != run_id
 
 
 def _read(delivery: Delivery) -> Order | None:

@@ -72,11 +72,11 @@ class Log:
         self._thread = threading.Thread(target=self._follow, args=(stream, path), name=f"log of {path.stem}")
         self._thread.start()
 
-    def wait_for(self, name: str, fields: Mapping[str, Any], deadline: float) -> Event | None:
-        """The first such event; None if there is none at the deadline, or when the log has ended."""
+    def wait_for(self, name: str, fields: Mapping[str, Any], deadline: float, first: int = 0) -> Event | None:
+        """Such an event after the `first` so many; None if there is none at the deadline, or when the log ended."""
 
         def found() -> Event | None:
-            return next((event for event in self.events if event.is_one(name, fields)), None)
+            return next((event for event in self.events[first:] if event.is_one(name, fields)), None)
 
         with self._news:
             self._news.wait_for(lambda: found() or self.ended, deadline - time.monotonic())
@@ -158,9 +158,10 @@ class Process:
         self.log = Log(self._popen.stderr, file, lambda event: told(self, event))
         return self
 
-    def wait_for(self, event: str, *, within_s: float = DEADLINE_S, **fields: object) -> Event:
-        """The first event of that name and with these fields since the start, as soon as it is there."""
-        found = self.log.wait_for(event, fields, time.monotonic() + within_s)
+    def wait_for(self, event: str, *, within_s: float = DEADLINE_S, first: int = 0, **fields: object) -> Event:
+        """The first event of that name and with these fields, as soon as it is there: of all since the start, or of
+        those after the `first` so many."""
+        found = self.log.wait_for(event, fields, time.monotonic() + within_s, first)
         if found is None:
             wanted = " ".join([event, *(f"{key}={value!r}" for key, value in fields.items())])
             self._fail(f"wait for `{wanted}`", within_s)
@@ -296,11 +297,11 @@ class Deployment:
 
     def decisions(self, run: RunSettings) -> list[Decision]:
         """The ledger, out of the histories of all that led: what each of two leaders noted is there once."""
-        found: dict[tuple[int, str, int, str], Decision] = {}
+        found: dict[tuple[int, int], Decision] = {}
         for process in self.processes.values():
             if (process.run_dir / "history.sqlite").exists():
                 with History(process.run_dir / "history.sqlite") as history:
-                    found |= {(d.offset, d.participant, d.task, d.verdict): d for d in history.ledger(run.run_id)}
+                    found |= {(d.epoch, d.offset): d for d in history.ledger(run.run_id)}
         return [found[key] for key in sorted(found)]
 
     def counted(self, run: RunSettings) -> Counter[tuple[str, int]]:

@@ -51,7 +51,7 @@ HEAD = HeadRecord(
     ),
     closed=ClosedRound(work="train", round=1, attempt=1, task=1, cohort=2, opened=0.0, closed=1.0, bytes_up=9),
     settled={"p01": (1, "counted")}, metrics={"loss": 0.1},
-    decided=(Decision(offset=1, participant="p01", task=1, verdict="late", staleness=1, reason="late"),),
+    decided=(Decision(epoch=1, offset=1, participant="p01", task=1, verdict="late", staleness=1, reason="late"),),
     best=Best(version=1, round=1, value=0.1, sha256=SHA), wanted="pause", removed=("p09",),
     obeyed=Obeyed(nonces=("n",), removed=("p09",)), finished="",
 )  # fmt: skip

@@ -22,7 +22,7 @@ from broker import tensors
 from broker.errors import AccessRefused
 from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
-from broker.messages import Barrier, Chunk, Join, Leave, Rejected, TrainRound, UpdateReady, Where
+from broker.messages import Barrier, Chunk, Heartbeat, Join, Leave, Rejected, TrainRound, UpdateReady, Where
 from broker.payloads import describe, piece
 from broker.tensors import Arrays, Buffer
 from broker.topology import AGGREGATOR, CHUNK, Topology
@@ -64,6 +64,13 @@ class Hostile:
     async def say(self, kind: str, frame: bytes) -> None:
         exchange = TOPOLOGY.chunks(BAD) if kind == CHUNK else TOPOLOGY.up
         await self.connection.publish(exchange, f"{BAD}.{kind}", frame)
+
+    async def heard_again(self) -> None:
+        """Returns once the leader has read everything that it said, and listens to it again."""
+        while await self.inbox.get(0) is not None:
+            pass
+        while await self.inbox.get(0.2) is None:
+            await self.say("join", encode(Join(participant=BAD)))
 
     def update(self, blob: Buffer = b"", **changes: object) -> UpdateReady:
         """An update that would count if its body were one."""
@@ -406,6 +413,7 @@ async def test_a_flood_is_counted_and_keeps_the_record_small(undisturbed: HeadRe
     async def act(hostile: Hostile) -> None:
         for _ in range(30_000):
             await hostile.say("update", b"\xf0\x9f\x90\x87" * 20)
+        await hostile.heard_again()
 
     seen = await attacked(tmp_path, act, broker_=broker)
     assert seen.head.finished
@@ -413,7 +421,27 @@ async def test_a_flood_is_counted_and_keeps_the_record_small(undisturbed: HeadRe
     assert seen.reports[0].rejected == 30_000
     assert seen.head.model == undisturbed.model
     assert broker.stats().queues[TOPOLOGY.head].published_bytes < 1 << 20
-    assert 0 < len(seen.rejected) <= 10_000
+    assert 200 <= len(seen.rejected) < 5_000, "what is above the quota is not even read"
+    assert any("more than broker.quota_per_s" in line.reason for line in seen.ledger)
+
+
+async def test_what_is_above_the_quota_is_ignored_and_costs_nobody_else_a_thing(
+    undisturbed: HeadRecord, tmp_path: Path
+) -> None:
+    """It floods with heartbeats that all would be answered; its own answer then counts like any other."""
+
+    async def act(hostile: Hostile) -> None:
+        holding = Heartbeat(participant=BAD, run_id="run-1", epoch=hostile.order.epoch, phase="holding", task=1)
+        for _ in range(5_000):
+            await hostile.say("heartbeat", encode(holding))
+        await hostile.heard_again()
+        await hostile.say("update", hostile.with_arrays())
+
+    broker = MemoryBroker(TOPOLOGY.access)
+    seen = await attacked(tmp_path, act, broker_=broker)
+    assert [report.accepted for report in seen.reports] == [4, 3]
+    assert seen.rejected == []
+    assert broker.stats().queues[TOPOLOGY.inbox(BAD)].published < 1_000, "most were not answered"
 
 
 async def test_metrics_cannot_spoil_the_record(tmp_path: Path) -> None:

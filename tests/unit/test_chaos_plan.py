@@ -90,7 +90,7 @@ def test_every_kind_can_be_done() -> None:
 
 
 def decision(offset: int, verdict: Verdict = "counted", task: int = 0) -> Decision:
-    return Decision(offset=offset, participant="p01", task=task or offset, verdict=verdict)
+    return Decision(epoch=1, offset=offset, participant="p01", task=task or offset, verdict=verdict)
 
 
 def test_a_ledger_that_balances() -> None:

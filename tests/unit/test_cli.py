@@ -72,7 +72,7 @@ def committed(config: Config) -> tuple[HeadRecord, bytes]:
         round=1,
         model=Where(where="inline", size_bytes=len(blob), sha256=hashlib.sha256(blob).hexdigest()),
         closed=closed,
-        decided=(Decision(offset=1, participant="p01", task=1, verdict="counted", weight=5),),
+        decided=(Decision(epoch=1, offset=1, participant="p01", task=1, verdict="counted", weight=5),),
         metrics={"accuracy": 0.5, "loss": 2.0},
         finished="all 1 rounds done",
     )

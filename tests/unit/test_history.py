@@ -36,9 +36,9 @@ REPORT = RoundReport(
     model_sha256="a" * 64,
 )
 DECIDED = (
-    Decision(offset=4, participant="p01", task=1, verdict="counted", weight=100),
-    Decision(offset=5, participant="p02", task=1, verdict="counted", weight=50),
-    Decision(offset=6, participant="p03", task=1, verdict="refused", reason="tensor 'w' has shape (2,)"),
+    Decision(epoch=1, offset=4, participant="p01", task=1, verdict="counted", weight=100),
+    Decision(epoch=1, offset=5, participant="p02", task=1, verdict="counted", weight=50),
+    Decision(epoch=1, offset=6, participant="p03", task=1, verdict="refused", reason="tensor 'w' has shape (2,)"),
 )
 
 
@@ -67,17 +67,17 @@ def test_recording_again_changes_nothing(path: Path) -> None:
 
 
 def test_a_reused_offset_is_another_decision(path: Path) -> None:
-    """A broker that lost the tail of its stream assigns the same offsets again."""
-    again = Decision(offset=4, participant="p02", task=2, verdict="counted", weight=50)
+    """A broker that lost the tail of its stream assigns the same offsets again, in a later epoch."""
+    again = Decision(epoch=2, offset=4, participant="p02", task=2, verdict="counted", weight=50)
     with History(path) as history:
         history.record(REPORT, DECIDED)
         history.record_decided("run-1", [again])
-        assert again in history.ledger("run-1")
+        assert history.ledger("run-1") == [*DECIDED, again]
         assert history.totals("run-1")["accepted"] == 3
 
 
 def test_answers_to_evaluations_are_not_updates(path: Path) -> None:
-    answers = [Decision(offset=9, participant="p01", task=2, verdict="counted", weight=10)]
+    answers = [Decision(epoch=1, offset=9, participant="p01", task=2, verdict="counted", weight=10)]
     with History(path) as history:
         history.record(REPORT, DECIDED)
         history.record(replace(REPORT, task=2, work="evaluate"), answers)

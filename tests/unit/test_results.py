@@ -70,8 +70,8 @@ def run(config: Config) -> RunDir:
     checkpoints = Checkpoints(run.checkpoints)
     for value in (1.0, 2.0):
         checkpoints.store(where(value).sha256, blob(value))
-    counted = [Decision(offset=n, participant=f"p{n}", task=1, verdict="counted") for n in range(2)]
-    late = Decision(offset=2, participant="p3", task=1, verdict="late")
+    counted = [Decision(epoch=1, offset=n, participant=f"p{n}", task=1, verdict="counted") for n in range(2)]
+    late = Decision(epoch=1, offset=2, participant="p3", task=1, verdict="late")
     with History(run.history_file) as history:
         history.record(REPORT, [*counted, late])
         history.record(replace(REPORT, task=2, round=2, late=0, metrics={"loss": 0.8, "accuracy": 0.75}), [])

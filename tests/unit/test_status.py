@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aggregator import status
+from aggregator.quota import Quotas
 from aggregator.registry import Registry
 from aggregator.round import Round
 from aggregator.settings import RunSettings
@@ -41,7 +42,7 @@ def view(
     for name in names(accepted):
         assert current
         current.accept(name, 1)
-    return View(run, head, current, registry, caught_up, 0.0, "p02 says no")
+    return View(run, head, current, registry, Quotas(20.0), caught_up, 0.0, "p02 says no")
 
 
 MEMBERS = HeadRecord(run_id="run-1", round=2, members=("p01",))

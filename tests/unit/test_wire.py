@@ -375,7 +375,7 @@ def test_no_mutation_of_a_frame_does_more_than_be_refused() -> None:
         run_id="run-1",
         lineage=((1, 0, "a" * 64),),
         settled={"p01": (1, "late")},
-        decided=(Decision(offset=1, participant="p01", task=1, verdict="late"),),
+        decided=(Decision(epoch=1, offset=1, participant="p01", task=1, verdict="late"),),
     )
     for number, message in enumerate((update, head, Join(participant="p01"), Chunk(of="a" * 64, index=1, crc32=7))):
         understood = 0
