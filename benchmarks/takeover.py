@@ -55,8 +55,8 @@ def measure(federation: Deployment, kills: int, freezes: int, dice: random.Rando
     leader.wait_for("leading")
     standby = federation.aggregator(run, "--set", "http.listen=", name=STANDBY)
     standby.wait_for("standing_by")
-    for participant in ("p01", "p02"):
-        federation.worker(participant, pace=Pace(0.2)).wait_for("update_sent")
+    workers = [federation.worker(participant, pace=Pace(0.2)) for participant in ("p01", "p02")]
+    workers[0].wait_for("update_sent")
     found: dict[str, list[TakeOver]] = {"kill -9": [], "SIGSTOP": []}
     for blow in ["kill -9"] * kills + ["SIGSTOP"] * freezes:
         time.sleep(dice.uniform(2.0, 2.0 + RabbitSettings().heartbeat_s))  # any moment between heartbeats

@@ -24,7 +24,7 @@ Document = dict[str, list[dict[str, Any]]]
 SALT_BYTES = 4  # as RabbitMQ has it
 # A quorum queue without a limit puts what comes back behind all the others; RabbitMQ 4 gives up after 20 times.
 NO_DELIVERY_LIMIT = 1_000_000
-# A worker has two connections. After a cut the broker may count the old pair for three heartbeats more.
+# A worker has two connections. After a cut the broker may count the old pair for two heartbeats more.
 MOST_CONNECTIONS = 4
 MOST_CHANNELS = 32  # of all connections of a worker; it uses about five
 REJECTED_KEPT_S = 30 * 24 * 3600

@@ -149,7 +149,7 @@ def test_a_standby_whose_leader_finishes_ends_with_the_same_model(scene: Scene, 
     assert (standby.run_dir / "model.safetensors").exists()
 
 
-@pytest.mark.slow  # RabbitMQ misses a frozen leader after two or three heartbeats of five seconds
+@pytest.mark.slow  # RabbitMQ misses a frozen leader after about two heartbeats of five seconds
 def test_a_leader_that_was_frozen_until_another_led_changes_nothing(scene: Scene, standby: Process) -> None:
     frozen = scene.leader.freeze()
     took_over(standby, frozen, "SIGSTOP", within_s=90.0)
