@@ -58,9 +58,9 @@ def chaos(
         )
     names = tuple(participant_names(participants))
     address = _address(url, secrets, (AGGREGATOR, *names)) if url else None
-    shape = Shape(names, faults, own_broker=address is None, quorum=quorum)
+    shape = Shape(names, faults, own_broker=address is None, quorum=quorum, large=large)
     run_id = f"chaos-{seed}-{token_hex(3)}" if address else f"chaos-{seed}"
-    _go(Scenario(seed, shape, run_id, federation, address, large), keep, json_target)
+    _go(Scenario(seed, shape, run_id, federation, address), keep, json_target)
 
 
 def _go(scenario: Scenario, keep: Path | None, json_target: str | None) -> None:

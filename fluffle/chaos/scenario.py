@@ -45,24 +45,23 @@ class Address:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is run and struck. `broker` None: a private RabbitMQ. `large`: models and updates go in chunks."""
+    """What is run and struck. `broker` None: a private RabbitMQ."""
 
     seed: int
     shape: Shape
     run_id: str = "chaos"
     federation: str = "chaos"
     broker: Address | None = None
-    large: bool = False
     stalled_s: float = STALLED_S
 
     @property
     def run(self) -> RunSettings:
-        sizes = IN_CHUNKS if self.large else {}
+        sizes = IN_CHUNKS if self.shape.large else {}
         return RunSettings(
             run_id=self.run_id,
             federation=self.federation,
             seed=self.seed,
-            learning_task=LARGE_TASK if self.large else TASK,
+            learning_task=LARGE_TASK if self.shape.large else TASK,
             stop=StopSettings(rounds=self.shape.rounds),
             evaluation=EvaluationSettings(mode="none"),
             round=self._round(),
@@ -137,7 +136,8 @@ def _world(scenario: Scenario, directory: Path, on_round: Callable[[int], None])
         between = stack.enter_context(proxies(names, at.url.port or AMQP_PORT, at.url.host or "127.0.0.1"))
         federation = Deployment(at.url, at.password, topology, directory, between.ports, progress.hear)
         stack.enter_context(federation)
-        world = World(federation, between, progress, node, stack.enter_context(ThreadPoolExecutor(AT_ONCE)))
+        pool = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
+        world = World(federation, between, progress, node, pool, scenario.run_id, participants)
         progress.on_end = lambda process: world.do(restart, process)
         stack.callback(world.end)
         yield world

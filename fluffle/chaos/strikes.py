@@ -6,7 +6,7 @@ import resource
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -48,6 +48,8 @@ class World:
     progress: Progress
     node: Node | None
     pool: ThreadPoolExecutor
+    run_id: str
+    participants: Sequence[str]
     over: threading.Event = field(default_factory=threading.Event)
     disks_full: set[str] = field(default_factory=set)  # whose disk ever was: they may end by themselves
     ended: list[tuple[str, int]] = field(default_factory=list)  # who did, and with which exit code
@@ -189,6 +191,31 @@ def broker_killed(world: World, _: str, __: Fault) -> Iterator[None]:
 
 
 @contextmanager
+def tail_lost(world: World, _: str, fault: Fault) -> Iterator[None]:
+    """The broker's machine loses power: of these streams, nothing that came in its last seconds is there again."""
+    assert world.node
+    copies = world.node.copy_streams(_streams(world, fault.stream))
+    world.over.wait(fault.loses_s)
+    world.node.kill()
+    world.node.put_back(copies)
+    try:
+        yield
+    finally:
+        if not world.over.is_set():
+            world.node.start()
+
+
+def _streams(world: World, which: str) -> list[str]:
+    topology, participants = world.federation.topology, world.participants
+    names = {
+        plan.UPDATES: topology.updates,
+        plan.MODEL: topology.model(world.run_id),
+        **{plan.OUTBOX + name: topology.outbox(name) for name in participants},
+    }
+    return list(names.values()) if which == plan.ALL else [names[which]]
+
+
+@contextmanager
 def broker_short_of_memory(world: World, _: str, __: Fault) -> Iterator[None]:
     assert world.node
     with world.node.short_of_memory():
@@ -199,6 +226,6 @@ Hurt = Callable[[World, str, Fault], AbstractContextManager[None]]
 HURTS: dict[Kind, Hurt] = {
     "kill": killed, "asleep": killed, "freeze": frozen, "freeze_long": frozen, "disk_full": disk_full, "cut": cut,
     "stall": stalled, "slow": slowed, "half_up": half_closed, "half_down": half_closed,
-    "broker_kill": broker_killed, "memory_alarm": broker_short_of_memory,
+    "broker_kill": broker_killed, "memory_alarm": broker_short_of_memory, "lost_tail": tail_lost,
 }  # fmt: skip
 NETWORK = ("cut", "stall", "slow", "half_up", "half_down")
