@@ -22,6 +22,7 @@ from fluffle.chaos.processes import LEADER, Deployment, Process
 from fluffle.chaos.progress import Progress
 from fluffle.chaos.proxy import Proxies
 
+STANDS_BY_S = 20.0  # unless something else is struck, too
 STANDBY = "standby"  # the process; as in `plan`, but there it is the role
 
 Result = TypeVar("Result")
@@ -119,6 +120,36 @@ def killed(world: World, name: str, _: Fault) -> Iterator[None]:
     finally:
         if not world.over.is_set():
             process.start()
+
+
+@contextmanager
+def clock_wrong(world: World, name: str, fault: Fault) -> Iterator[None]:
+    """The process is started again with a wall clock that is off, later with the right one. An aggregator leads."""
+    process = world.process(name)
+    _restarted(world, process, fault.clock_off_s)
+    if fault.whom == plan.STANDBY:
+        _hand_lead_to(world, process)
+    try:
+        yield
+    finally:
+        _restarted(world, process, 0)
+
+
+def _restarted(world: World, process: Process, clock_off_s: int) -> None:
+    process.kill()
+    process.clock_off_s = clock_off_s
+    if not world.over.is_set():
+        process.start()
+
+
+def _hand_lead_to(world: World, process: Process) -> None:
+    """Cuts off whoever leads, once this one stands by: RabbitMQ has no other choice then."""
+    process.log.wait_for("standing_by", {}, time.monotonic() + STANDS_BY_S)
+    leader = world.progress.leader
+    if leader != process.name:
+        with world.lock("cut", leader):
+            world.proxies.tell(leader, lambda proxy: proxy.cut())
+    process.log.wait_for("leading", {}, time.monotonic() + STANDS_BY_S)
 
 
 @contextmanager
@@ -226,6 +257,6 @@ Hurt = Callable[[World, str, Fault], AbstractContextManager[None]]
 HURTS: dict[Kind, Hurt] = {
     "kill": killed, "asleep": killed, "freeze": frozen, "freeze_long": frozen, "disk_full": disk_full, "cut": cut,
     "stall": stalled, "slow": slowed, "half_up": half_closed, "half_down": half_closed,
-    "broker_kill": broker_killed, "memory_alarm": broker_short_of_memory, "lost_tail": tail_lost,
+    "wrong_clock": clock_wrong, "broker_kill": broker_killed, "memory_alarm": broker_short_of_memory, "lost_tail": tail_lost,
 }  # fmt: skip
 NETWORK = ("cut", "stall", "slow", "half_up", "half_down")
