@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 Kind = Literal[
     "kill", "freeze", "freeze_long", "cut", "stall", "slow", "half_up", "half_down", "disk_full", "asleep",
     "wrong_clock",
-    "broker_kill", "memory_alarm", "lost_tail",
+    "broker_kill", "memory_alarm", "lost_tail", "repeat",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -23,6 +23,7 @@ ROUNDS_MORE = 5
 LONG_FREEZE_S = (30.0, 40.0)  # RabbitMQ gives up whoever is silent for two to three heartbeats of 10 s
 SLOW_KB_PER_S = (4, 64)
 CLOCK_OFF_S = (60.0, 7 * 86400.0)  # either way
+REPEATS = (10, 40)
 LOST_S = (0.5, 6.0)  # how much of a stream's end is lost
 OF_BROKER: tuple[Kind, ...] = ("broker_kill", "memory_alarm", "lost_tail")  # those that need one of our own
 
@@ -32,13 +33,14 @@ ALL, UPDATES, MODEL, OUTBOX = "all", "updates", "model", "outbox."  # streams; a
 WEIGHTS: dict[Kind, int] = {
     "kill": 30, "freeze": 12, "freeze_long": 2, "cut": 20, "stall": 10, "slow": 8, "half_up": 5, "half_down": 5,
     "disk_full": 5, "asleep": 10, "broker_kill": 4, "memory_alarm": 3,
-    "lost_tail": 4, "wrong_clock": 6,
+    "lost_tail": 4, "wrong_clock": 6, "repeat": 6,
 }  # fmt: skip
 LASTS_S: dict[Kind, tuple[float, float]] = {
     "kill": (0.0, 2.0), "freeze": (0.5, 3.0), "freeze_long": LONG_FREEZE_S, "cut": (0.0, 0.0), "stall": (1.0, 6.0),
     "slow": (2.0, 6.0), "half_up": (0.0, 0.0), "half_down": (0.0, 0.0), "disk_full": (0.5, 3.0),
     "asleep": (6.0, 15.0), "broker_kill": (0.0, 3.0), "memory_alarm": (1.0, 4.0),
     "lost_tail": (0.0, 2.0), "wrong_clock": (3.0, 8.0),
+    "repeat": (0.0, 0.0),
 }  # fmt: skip
 
 
@@ -53,6 +55,7 @@ class Fault:
     lasts_s: float
     kb_per_s: int = 0  # of a slow network
     clock_off_s: int = 0  # above 0: its clock is ahead
+    repeats: int = 0  # messages
     stream: str = ""  # that loses its tail: ALL, UPDATES, MODEL or a participant's OUTBOX
     loses_s: float = 0.0  # how much of it
 
@@ -108,7 +111,7 @@ def _fault(dice: Random, kind: Kind, after_round: int, shape: Shape) -> Fault:
 
 
 def _whom(dice: Random, kind: Kind, participants: Sequence[str]) -> str:
-    if kind in OF_BROKER:
+    if kind in (*OF_BROKER, "repeat"):
         return BROKER
     if kind == "asleep":
         return dice.choice(participants)
@@ -123,6 +126,8 @@ def _details(dice: Random, kind: Kind, shape: Shape) -> dict[str, Any]:
             return {"kb_per_s": dice.randint(*SLOW_KB_PER_S)}
         case "wrong_clock":
             return {"clock_off_s": round(_between(dice, CLOCK_OFF_S)) * dice.choice((-1, 1))}
+        case "repeat":
+            return {"repeats": dice.randint(*REPEATS)}
         case "lost_tail":
             chunks = (ALL, ALL, MODEL, f"{OUTBOX}{dice.choice(shape.participants)}") if shape.large else ()
             return {"stream": dice.choice((UPDATES, *chunks)), "loses_s": round(dice.uniform(*LOST_S), 3)}

@@ -18,6 +18,7 @@ from broker.definitions import SALT_BYTES, Enrolment, definitions, password_hash
 from broker.errors import StateError
 from broker.topology import Topology
 from fluffle.chaos import audit
+from fluffle.chaos.copies import Copies
 from fluffle.chaos.node import Node
 from fluffle.chaos.plan import HELD_ROUNDS, Fault, Shape
 from fluffle.chaos.processes import LEADER, Deployment, Process
@@ -137,7 +138,9 @@ def _world(scenario: Scenario, directory: Path, on_round: Callable[[int], None])
         federation = Deployment(at.url, at.password, topology, directory, between.ports, progress.hear)
         stack.enter_context(federation)
         pool = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
-        world = World(federation, between, progress, node, pool, scenario.run_id, participants)
+        run_dirs = [directory / f"run of {name}" for name in (LEADER, STANDBY)]
+        copies = Copies(federation.broker(), topology, participants, run_dirs, scenario.shape.large)
+        world = World(federation, between, progress, node, pool, copies, scenario.run_id)
         progress.on_end = lambda process: world.do(restart, process)
         stack.callback(world.end)
         yield world
@@ -169,6 +172,7 @@ def _start(scenario: Scenario, world: World, gates: tuple[Gate, Gate]) -> None:
     """Everybody. The first round waits for the first gate, the last rounds for the other."""
     federation, run = world.federation, scenario.run
     federation.set_up()
+    asyncio.run(world.copies.keep_orders())
     for name in (LEADER, STANDBY):
         federation.aggregator(run, "--set", "http.listen=", name=name).wait_for("standing_by")
     trains_s = QUORUM_TRAINS_S if scenario.shape.quorum else TRAINS_S

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import resource
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from random import Random
 from typing import TypeVar
 
 import structlog
 
 from broker.errors import StateError
 from fluffle.chaos import plan
+from fluffle.chaos.copies import Copies, Copy
 from fluffle.chaos.node import Node
 from fluffle.chaos.plan import Fault, Kind
 from fluffle.chaos.processes import LEADER, Deployment, Process
@@ -49,11 +52,12 @@ class World:
     progress: Progress
     node: Node | None
     pool: ThreadPoolExecutor
+    copies: Copies
     run_id: str
-    participants: Sequence[str]
     over: threading.Event = field(default_factory=threading.Event)
     disks_full: set[str] = field(default_factory=set)  # whose disk ever was: they may end by themselves
     ended: list[tuple[str, int]] = field(default_factory=list)  # who did, and with which exit code
+    lost: list[Copy] = field(default_factory=list)  # what lay in a stream just before it lost its tail
     _locks: dict[tuple[str, str], threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
 
     def do(self, work: Callable[..., Result], *arguments: object) -> Future[Result]:
@@ -225,10 +229,11 @@ def broker_killed(world: World, _: str, __: Fault) -> Iterator[None]:
 def tail_lost(world: World, _: str, fault: Fault) -> Iterator[None]:
     """The broker's machine loses power: of these streams, nothing that came in its last seconds is there again."""
     assert world.node
-    copies = world.node.copy_streams(_streams(world, fault.stream))
+    files = world.node.copy_streams(_streams(world, fault.stream))
     world.over.wait(fault.loses_s)
+    world.lost += asyncio.run(world.copies.of_updates())
     world.node.kill()
-    world.node.put_back(copies)
+    world.node.put_back(files)
     try:
         yield
     finally:
@@ -236,8 +241,16 @@ def tail_lost(world: World, _: str, fault: Fault) -> Iterator[None]:
             world.node.start()
 
 
+@contextmanager
+def repeated(world: World, _: str, fault: Fault) -> Iterator[None]:
+    """Copies of messages arrive, late and in another order; also of such that the broker lost."""
+    dice = Random(f"{fault}")  # noqa: S311 - a plan that can be repeated
+    asyncio.run(world.copies.repeat(fault.repeats, world.lost, dice))
+    yield
+
+
 def _streams(world: World, which: str) -> list[str]:
-    topology, participants = world.federation.topology, world.participants
+    topology, participants = world.federation.topology, world.copies.participants
     names = {
         plan.UPDATES: topology.updates,
         plan.MODEL: topology.model(world.run_id),
@@ -257,6 +270,7 @@ Hurt = Callable[[World, str, Fault], AbstractContextManager[None]]
 HURTS: dict[Kind, Hurt] = {
     "kill": killed, "asleep": killed, "freeze": frozen, "freeze_long": frozen, "disk_full": disk_full, "cut": cut,
     "stall": stalled, "slow": slowed, "half_up": half_closed, "half_down": half_closed,
-    "wrong_clock": clock_wrong, "broker_kill": broker_killed, "memory_alarm": broker_short_of_memory, "lost_tail": tail_lost,
+    "wrong_clock": clock_wrong, "broker_kill": broker_killed, "memory_alarm": broker_short_of_memory,
+    "lost_tail": tail_lost, "repeat": repeated,
 }  # fmt: skip
 NETWORK = ("cut", "stall", "slow", "half_up", "half_down")
