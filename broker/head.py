@@ -110,6 +110,9 @@ class HeadRecord(Message):
     open: OpenRound | None = None
     closed: ClosedRound | None = None
     updates_from: Count = 0
+    marks: Annotated[
+        tuple[tuple[Count, Word], ...], Field(max_length=1000)
+    ] = ()  # offsets, and what was read there
     members: Annotated[tuple[Participant, ...], Field(max_length=MAX_ITEMS)] = ()
     settled: Annotated[dict[Participant, tuple[Count, Fate]], Field(max_length=MAX_ITEMS)] = {}
     decided: Annotated[tuple[Decision, ...], Field(max_length=MAX_ITEMS)] = ()

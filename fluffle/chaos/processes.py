@@ -300,12 +300,20 @@ class Deployment:
 
     def decisions(self, run: RunSettings) -> list[Decision]:
         """The ledger, out of the histories of all that led: what each of two leaders noted is there once."""
-        found: dict[tuple[int, int], Decision] = {}
+        found: dict[tuple[int, int, str, int, str], Decision] = {}
         for process in self.processes.values():
             if (process.run_dir / "history.sqlite").exists():
                 with History(process.run_dir / "history.sqlite") as history:
-                    found |= {(d.epoch, d.offset): d for d in history.ledger(run.run_id)}
+                    found |= {
+                        (d.epoch, d.offset, d.participant, d.task, d.verdict): d for d in history.ledger(run.run_id)
+                    }
         return [found[key] for key in sorted(found)]
+
+    def logged(self, event: str) -> list[Event]:
+        """Every such event of all processes, whenever they were started."""
+        files = [self.directory / f"{name}.log" for name in self.processes]
+        lines = [line for file in files if file.exists() for line in file.read_text(errors="replace").splitlines()]
+        return [found for line in lines if (found := parsed(line)) and found.name == event]
 
     def counted(self, run: RunSettings) -> Counter[tuple[str, int]]:
         """How often each participant's update of each task was counted."""

@@ -211,4 +211,6 @@ def _model_of(process: Process, within_s: float) -> str:
 def _balance(federation: Deployment, run: RunSettings) -> audit.Balance:
     published = asyncio.run(audit.published(federation.broker(), federation.topology, run.run_id))
     end = audit.read_to([federation.processes[name].run_dir for name in (LEADER, STANDBY)])
-    return audit.balance(published, federation.decisions(run), end)
+    lost = [event.fields for event in federation.logged("updates_stream_lost_its_tail")]
+    losses = [audit.Loss(fields["epoch"], fields["read_again_from"]) for fields in lost]
+    return audit.balance(published, federation.decisions(run), end, losses)
