@@ -82,6 +82,7 @@ class Aggregator:
     async def run(self) -> HeadRecord:
         """Returns the last record once the run is finished. A lost connection or lead begins a new term.
 
+        Pauses between terms grow while none gets to work: who lacks the model hands on the lead, to one who has it.
         Raises AccessRefused if it was refused before it ever got in, for then name or password are wrong; and
         MessageTooLarge, for the next term would send the same.
         """
@@ -93,6 +94,8 @@ class Aggregator:
                 except (LeadershipLost, TransportError) as lost:
                     if isinstance(lost, MessageTooLarge) or (isinstance(lost, AccessRefused) and not self._welcome):
                         raise
+                    if self._term is not None and self._term.caught_up:
+                        self._backoff.reset()
                     self._lead, self._term, self._trouble = None, None, str(lost)
                     pause_s = self._backoff.next_s()
                     log.warning("term_ended", reason=str(lost), next_try_s=round(pause_s, 2))
@@ -124,7 +127,6 @@ class Aggregator:
                 name = f"{os.getpid()}-{secrets.token_hex(4)}"
                 self._lead = Lead(reader, writer, topology, name, settings.broker.patience_s)
                 lead = await self._lead.acquire()
-                self._backoff.reset()
                 self._term = Term(self.job, lead, topology, archive, self._around)
                 return await self._term.run()
             finally:
