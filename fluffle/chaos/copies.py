@@ -6,8 +6,9 @@ it here knows every user's password; the broker verifies senders all the same.
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class Copies:
     async def repeat(self, count: int, lost: Sequence[Copy], dice: Random) -> int:
         """Publishes so many of the participants' messages again, among them `lost` ones, and a few of each other
         kind; returns how many in all."""
-        updates = await self.of_updates()
+        updates, records = await self.of_updates(), await asyncio.to_thread(self._old_records)
         connection = await self._connect()
         chosen = [
             *_some(updates[-RECENT:], count // 2, dice),
@@ -73,7 +74,7 @@ class Copies:
             *_some(lost, count // 4, dice),
             *await self._old_orders(connection, dice),
             *await self._old_chunks(connection, dice),
-            *_some(list(self._old_records()), MOST_RECORDS, dice),
+            *_some(records, MOST_RECORDS, dice),
         ]
         await connection.close()
         dice.shuffle(chosen)
@@ -108,11 +109,12 @@ class Copies:
         chunks = await self._published(connection, self.topology.outbox(whose), self.topology.chunks(whose))
         return _some(chunks, MOST_CHUNKS, dice)
 
-    def _old_records(self) -> Iterator[Copy]:
-        for directory in self.run_dirs:
-            for manifest in directory.glob("checkpoints/v*.json"):
-                with suppress(FileNotFoundError):  # only the newest few are kept
-                    yield Copy(AGGREGATOR, "", self.topology.head, _record(manifest))
+    def _old_records(self) -> list[Copy]:
+        found = []
+        for manifest in (path for directory in self.run_dirs for path in directory.glob("checkpoints/v*.json")):
+            with suppress(FileNotFoundError):  # only the newest few are kept
+                found.append(Copy(AGGREGATOR, "", self.topology.head, _record(manifest)))
+        return found
 
     async def _publish(self, copies: Sequence[Copy]) -> None:
         async with AsyncExitStack() as stack:
