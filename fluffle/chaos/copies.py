@@ -56,6 +56,11 @@ class Copies:
         await connection.declare(Stream(self._orders, KEPT_BYTES, KEPT_BYTES // 8), *bindings)
         await connection.close()
 
+    async def forget_orders(self) -> None:
+        connection = await self._connect()
+        await connection.delete(self._orders)
+        await connection.close()
+
     async def of_updates(self) -> list[Copy]:
         """Everything that lies in `updates`."""
         connection = await self._connect()

@@ -111,6 +111,7 @@ def perform(scenario: Scenario, plan: Sequence[Fault], directory: Path, on_round
         strikes = _struck(world, plan, scenario.stalled_s)
         last.open()
         models = {name: _model_of(world.process(name), scenario.stalled_s) for name in (LEADER, STANDBY)}
+        asyncio.run(world.copies.forget_orders())  # the broker may not be ours
         return Outcome(
             strikes=strikes,
             closings=world.progress.closings,
