@@ -21,12 +21,13 @@ from aggregator.job import Job, Surroundings
 from aggregator.judge import judge, weight_of
 from aggregator.lead import Lead
 from aggregator.ledger import Ledger, weighted_means
+from aggregator.marks import marked
 from aggregator.models import Models
 from aggregator.pace import grown
 from aggregator.progress import best_of, evaluation_due, why_finished
 from aggregator.quota import Quotas
 from aggregator.registry import Registry
-from aggregator.round import Round, Step
+from aggregator.round import Round, Step, reckoned
 from aggregator.status import RunStatus
 from aggregator.strategies import make_strategy
 from aggregator.takeover import Takeover, commit, mark_end
@@ -81,6 +82,7 @@ class Aggregator:
     async def run(self) -> HeadRecord:
         """Returns the last record once the run is finished. A lost connection or lead begins a new term.
 
+        Pauses between terms grow while none gets to work: who lacks the model hands on the lead, to one who has it.
         Raises AccessRefused if it was refused before it ever got in, for then name or password are wrong; and
         MessageTooLarge, for the next term would send the same.
         """
@@ -92,6 +94,8 @@ class Aggregator:
                 except (LeadershipLost, TransportError) as lost:
                     if isinstance(lost, MessageTooLarge) or (isinstance(lost, AccessRefused) and not self._welcome):
                         raise
+                    if self._term is not None and self._term.caught_up:
+                        self._backoff.reset()
                     self._lead, self._term, self._trouble = None, None, str(lost)
                     pause_s = self._backoff.next_s()
                     log.warning("term_ended", reason=str(lost), next_try_s=round(pause_s, 2))
@@ -123,7 +127,6 @@ class Aggregator:
                 name = f"{os.getpid()}-{secrets.token_hex(4)}"
                 self._lead = Lead(reader, writer, topology, name, settings.broker.patience_s)
                 lead = await self._lead.acquire()
-                self._backoff.reset()
                 self._term = Term(self.job, lead, topology, archive, self._around)
                 return await self._term.run()
             finally:
@@ -152,6 +155,8 @@ class Term:
         self.removed: set[str] = set()  # as of the message that is read
         self.arrived_s: dict[str, float] = {}  # after the round was opened
         self.end = self.position = self.bytes_up = 0
+        self.marks = self.head.marks  # of messages that are known to be there, as of the record
+        self.last: Delivery | None = None  # that was read
         self.began = self.refresh_at = 0.0
         self.last_failure = ""
 
@@ -192,8 +197,8 @@ class Term:
         return self.head
 
     async def _read_to_end(self) -> Inbox:
-        """Reads what is in the stream already, from where the record had read to; returns what reads on."""
-        updates = await self.lead.reader.read(self.topology.updates, offset=self.head.updates_from)
+        """Reads what is in the stream already, from where it had been read to; returns what reads on."""
+        updates = await self.lead.reader.read(self.topology.updates, offset=self.position)
         while not self.caught_up:
             delivery = await updates.get(self.settings.broker.patience_s)
             if delivery is None:
@@ -206,7 +211,7 @@ class Term:
 
         What comes later still is read by whoever leads next: a standby, or the leader of the next run.
         """
-        self.end = await mark_end(self.lead, self.topology, self.settings.broker.patience_s)
+        self.end = (await mark_end(self.lead, self.topology, self.settings.broker.patience_s)).offset
         self._start_round()
         await (await self._read_to_end()).close()
         if self.ledger.decided:
@@ -215,7 +220,7 @@ class Term:
     async def _take_over(self) -> None:
         self.began = self.around.clock()
         takeover = Takeover(self.job, self.lead, self.topology, self.archive, self.models)
-        self.blob, self.end = await takeover.take_over(self.began)
+        self.blob, reading = await takeover.take_over(self.began)
         self.model = tensors.decode(self.blob)
         await asyncio.to_thread(self.archive.poison.count, self.head.run_id)
         await self.archive.note(self.head)  # the leader before may have died before it could
@@ -226,11 +231,13 @@ class Term:
             await self.intake.forget(self.head.removed)
         self.refresh_at = self.began + self.settings.broker.refresh_s
         self._start_round()
+        self.position, self.end, self.marks = reading.start, reading.end, reading.marks
 
     def _start_round(self) -> None:
         """Forgets what was decided since the record, or begins what it opened."""
         self.ledger, self.position = Ledger(self.head), self.head.updates_from
-        self.round = Round(self.head.open, self.settings.round) if self.head.open else None
+        opened = self.head.open and reckoned(self.head.open, self.settings.round, self.around.clock())
+        self.round = Round(opened, self.settings.round) if opened else None
         self.arrived_s.clear()
         self.removed = set(control.removed_at_offset(self.head))
         if self.round and self.round.open.work == "train":
@@ -244,7 +251,7 @@ class Term:
     # -- receiving: every message becomes a decision, in the order of the stream ---------------------------
 
     async def _receive(self, delivery: Delivery) -> None:
-        self.position = delivery.offset + 1
+        self.position, self.last = delivery.offset + 1, delivery
         self.bytes_up += len(delivery.body)
         if self.caught_up and not self._admits(delivery):
             return
@@ -256,7 +263,7 @@ class Term:
                     case Barrier() if delivery.sender == AGGREGATOR:
                         pass
                     case Control() if delivery.sender == AGGREGATOR:
-                        await self._obey(message)
+                        await self._obey(message, delivery.offset)
                     case _:
                         await self._handle(check_sender(message, delivery), payload, delivery)
         except BadMessage as bad:
@@ -371,9 +378,10 @@ class Term:
 
     # -- obeying: what operators want becomes a head record, in the order of the stream ---------------------
 
-    async def _obey(self, wish: Control) -> None:
+    async def _obey(self, wish: Control, offset: int) -> None:
         """Commits what an operator wants, and answers. What is read again is only answered again."""
-        answer, is_new = control.answer(wish, self.head), not control.was_obeyed(wish, self.head)
+        is_new = offset >= self.head.updates_from and not control.was_obeyed(wish, self.head)
+        answer = control.answer(wish, self.head)
         if answer.done:
             await self._do(wish, is_new=is_new)
             self._note("operator_obeyed", command=wish.command, participant=wish.participant)
@@ -491,11 +499,13 @@ class Term:
         """Moves the offset to what comes next: what was decided is in the record. Then tells the history."""
         record = record.with_(
             updates_from=self.position,
+            marks=marked(self.marks, self.last),
             settled=self.ledger.settled,
             decided=tuple(self.ledger.decided),
             obeyed=None,
         )
         await self._commit(record)
+        self.marks = self.head.marks
         self._start_round()
         await self.intake.forget(self.head.removed)
         if self.head.run_id == self.settings.run_id:

@@ -6,7 +6,7 @@ import structlog
 
 from aggregator.archive import Archive
 from aggregator.settings import BrokerSettings
-from broker.errors import BadMessage, ConnectionLost, PublishFailed, StateError, TransportError
+from broker.errors import BadMessage, ConnectionLost, ModelMissing, PublishFailed, TransportError
 from broker.messages import Chunk, Where
 from broker.offload import off_loop
 from broker.payloads import Address, Assembly, collect, describe, upload, verify
@@ -56,7 +56,7 @@ class Models:
         raise PublishFailed(f"the model's chunks were confirmed but cannot be read back from {where.stream}")
 
     async def get(self, where: Where, payload: memoryview) -> tuple[Buffer, bool]:
-        """A body, and whether it came from the broker. Raises StateError if it is nowhere."""
+        """A body, and whether it came from the broker. Raises ModelMissing if it is neither there nor here."""
         try:
             return await self._from_broker(where, payload), True
         except ConnectionLost:
@@ -65,9 +65,9 @@ class Models:
             log.error("model_not_on_broker", sha256=where.sha256, reason=str(error))
         blob = await self._archive.load(where.sha256)
         if blob is None:
-            raise StateError(
-                f"model {where.sha256[:12]} is neither on the broker nor among the checkpoints here: "
-                "start the aggregator where its run directory is, or begin again with --fresh"
+            raise ModelMissing(
+                f"model {where.sha256[:12]} is neither on the broker nor among the checkpoints here: the lead goes "
+                "to an aggregator that has it; start one where its run directory is"
             )
         return blob, False
 

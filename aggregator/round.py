@@ -125,6 +125,13 @@ class Round:
         )
 
 
+def reckoned(opened: OpenRound, settings: RoundSettings, now: float) -> OpenRound:
+    """The round for a leader whose clock may differ from that which set the deadline: from `now` on, it is never
+    further away than an attempt may take. A clock that was hours ahead would keep everybody waiting for hours."""
+    latest = now + deadline_s(settings, opened.allowed_s, opened.attempt)
+    return opened if opened.deadline <= latest else opened.model_copy(update={"deadline": latest})
+
+
 def deadline_s(settings: RoundSettings, first_s: float, attempt: int) -> float:
     """Seconds that attempt 1, 2, ... may take: each `deadline_growth` times longer, up to a limit."""
     longest = max(first_s, settings.deadline_max_s)

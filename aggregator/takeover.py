@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from dataclasses import dataclass
 
 import structlog
 
 from aggregator.archive import Archive
 from aggregator.job import Job
 from aggregator.lead import Lead
+from aggregator.marks import Marks, marked, surviving
 from aggregator.models import Models
 from aggregator.progress import why_finished
 from broker import tensors
@@ -19,9 +21,19 @@ from broker.messages import Barrier
 from broker.offload import contained
 from broker.retry import publish
 from broker.topology import Topology
+from broker.transport import Delivery
 from broker.wire import encode
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """From which offset of the updates stream a term reads; up to `end` it was there before. `marks` survived."""
+
+    start: int
+    end: int
+    marks: Marks
 
 
 class Takeover:
@@ -30,16 +42,28 @@ class Takeover:
     def __init__(self, job: Job, lead: Lead, topology: Topology, archive: Archive, models: Models) -> None:
         self._job, self._lead, self._topology, self._archive, self._models = job, lead, topology, archive, models
 
-    async def take_over(self, now: float) -> tuple[tensors.Buffer, int]:
-        """The global model's bytes, and the offset up to which updates were there before this term."""
+    async def take_over(self, now: float) -> tuple[tensors.Buffer, Reading]:
+        """The global model's bytes, and what of the updates stream there is."""
         end = await mark_end(self._lead, self._topology, self._job.settings.broker.patience_s)
         blob = await (
             self._begin(now, end) if self._lead.record.run_id != self._job.settings.run_id else self._load()
         )
-        if end < self._lead.record.updates_from:
-            log.error("updates_stream_lost_its_tail", end=end, read_to=self._lead.record.updates_from)
-            await commit(self._lead, self._lead.record.with_(updates_from=end, obeyed=None), blob)
-        return blob, end
+        return blob, await self._reading(end.offset)
+
+    async def _reading(self, end: int) -> Reading:
+        """Where to read from: after a loss, other messages may have taken the place of what was read."""
+        record = self._lead.record
+        patience_s, stream = self._job.settings.broker.patience_s, self._topology.updates
+        marks = await surviving(record.marks, end, self._lead.reader, stream, patience_s)
+        if marks == record.marks and end >= record.updates_from:
+            return Reading(record.updates_from, end, marks)
+        first = record.marks[0][0] if record.marks else record.updates_from
+        start = marks[-1][0] + 1 if marks else min(end, first)
+        log.error(
+            "updates_stream_lost_its_tail",
+            epoch=record.epoch, end=end, read_to=record.updates_from, read_again_from=start,
+        )  # fmt: skip
+        return Reading(start, end, marks)
 
     async def _load(self) -> tensors.Buffer:
         record = self._lead.record
@@ -52,7 +76,7 @@ class Takeover:
             await commit(self._lead, record.with_(model=where), blob)
         return blob
 
-    async def _begin(self, now: float, end: int) -> tensors.Buffer:
+    async def _begin(self, now: float, end: Delivery) -> tensors.Buffer:
         """Replaces the record of no run, or of another that is over, by the first of this one."""
         old, run_id = self._lead.record, self._job.settings.run_id
         if old.run_id and not old.finished and old.run_id != self._job.abandon:
@@ -67,7 +91,8 @@ class Takeover:
             epoch=epoch,
             seq=old.seq + 1,
             model=where,
-            updates_from=end,
+            updates_from=end.offset,
+            marks=marked((), end),
             open=None,
             closed=None,
             decided=(),
@@ -117,13 +142,13 @@ async def commit(lead: Lead, record: HeadRecord, blob: tensors.Buffer) -> None:
     await lead.commit(record, blob if inline else b"")
 
 
-async def mark_end(lead: Lead, topology: Topology, patience_s: float) -> int:
-    """The offset of a barrier published now into `updates`. Raises LeadershipLost if it does not come back."""
+async def mark_end(lead: Lead, topology: Topology, patience_s: float) -> Delivery:
+    """A barrier published now into `updates`. Raises LeadershipLost if it does not come back."""
     barrier = encode(Barrier(nonce=secrets.token_hex(8)))
     tail = await lead.reader.read(topology.updates, offset="next", prefetch=1)
     await publish(lead.writer, "", topology.updates, barrier, timeout_s=patience_s)
     while (delivery := await tail.get(patience_s)) is not None:
         if delivery.body == barrier:
             await tail.close()
-            return delivery.offset
+            return delivery
     raise LeadershipLost(f"the barrier in {topology.updates} was not delivered back within {patience_s:g} s")

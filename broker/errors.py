@@ -8,6 +8,7 @@ FluffleError
 │   └── ChunksMissing   a payload is not whole where it should be: it may be sent again
 ├── StateError          a run, checkpoint or journal that is missing, foreign or damaged
 ├── LeadershipLost      another aggregator leads now, or this one cannot be sure that it does
+│   └── ModelMissing    this one has no copy of the global model; another may have one
 └── TransportError
     ├── ConnectionLost  the connection is gone: connect again
     ├── PublishFailed   no confirm, or the broker refused the message; it may or may not have arrived
@@ -52,6 +53,10 @@ class StateError(FluffleError):
 
 class LeadershipLost(FluffleError):
     """Another aggregator leads now, or this one cannot be sure that it still does."""
+
+
+class ModelMissing(LeadershipLost):
+    """The broker lost the global model and this aggregator never had it: another one may lead."""
 
 
 class TransportError(FluffleError):

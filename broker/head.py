@@ -89,6 +89,7 @@ class Obeyed(Part):
 class HeadRecord(Message):
     """The whole truth of a run: it is replaced as one message, so nothing in it can disagree.
 
+    `marks` are messages that were read, by offset, to know a stream that lost its tail (aggregator/marks.py).
     `settled` holds each participant's last decided task; `decided` what was decided since the record before.
     `wanted` and `removed` are what operators said last. The payload is the model, then the strategy's state, as
     far as they are inline.
@@ -110,6 +111,7 @@ class HeadRecord(Message):
     open: OpenRound | None = None
     closed: ClosedRound | None = None
     updates_from: Count = 0
+    marks: Annotated[tuple[tuple[Count, Word], ...], Field(max_length=64)] = ()
     members: Annotated[tuple[Participant, ...], Field(max_length=MAX_ITEMS)] = ()
     settled: Annotated[dict[Participant, tuple[Count, Fate]], Field(max_length=MAX_ITEMS)] = {}
     decided: Annotated[tuple[Decision, ...], Field(max_length=MAX_ITEMS)] = ()

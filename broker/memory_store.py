@@ -6,6 +6,7 @@ Whatever changes state is plain synchronous code, so nothing can come between. O
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -59,6 +60,7 @@ class Entry(NamedTuple):
     body: bytes
     key: str
     sender: str
+    id: str
 
 
 class Place:
@@ -233,7 +235,7 @@ class Log(Place):
         self._came(body)
         if self._segments[-1].size >= self.spec.segment_bytes:
             self._begin_segment()
-        self._entries[self.next] = Entry(body, key, sender)
+        self._entries[self.next] = Entry(body, key, sender, secrets.token_hex(8))
         self._segments[-1].size += len(body)
         self.next += 1
         for reader in self._readers:
@@ -351,7 +353,7 @@ class Reader(WaitingInbox):
         if entry is None:
             return None
         self._position = offset + 1
-        return Delivery(*entry, _settled, offset)
+        return Delivery(entry.body, entry.key, entry.sender, _settled, offset, id=entry.id)
 
     def _depart(self) -> None:
         self._log.leave(self)

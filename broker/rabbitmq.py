@@ -505,7 +505,8 @@ class _Reader(_Inbox):
 
 def _delivery(message: DeliveredMessage, settle: Any, *, offset: int = -1, delivery_count: int = 0) -> Delivery:
     sender = message.header.properties.user_id or ""
-    return Delivery(message.body, message.routing_key or "", sender, settle, offset, delivery_count)
+    number = message.header.properties.message_id or ""  # by aiormq, for every publish
+    return Delivery(message.body, message.routing_key or "", sender, settle, offset, delivery_count, number)
 
 
 async def _settled(*, accept: bool, requeue: bool) -> None:

@@ -61,7 +61,10 @@ class Settle(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One message as it arrived. `sender` is the user the broker verified; `offset` is set by streams."""
+    """One message as it arrived. `sender` is the user the broker verified; `offset` is set by streams.
+
+    `id` is another one for every publish, if the publisher is honest.
+    """
 
     body: bytes
     key: str
@@ -69,6 +72,7 @@ class Delivery:
     settle: Settle
     offset: int = -1
     delivery_count: int = 0  # how often it was delivered before
+    id: str = ""
 
     async def ack(self) -> None:
         await self.settle(accept=True, requeue=False)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,6 +124,30 @@ class Node:
             line, env=self.environment, cwd=self.directory, check=True, capture_output=True, text=True
         )
         return done.stdout.strip()
+
+    def copy_streams(self, names: Sequence[str]) -> Path:
+        """The files of these streams, all of the same moment: it stands still meanwhile. A name may be of none."""
+        copies = Path(tempfile.mkdtemp(prefix="streams-", dir=self.directory))
+        os.killpg(self.running[-1].pid, signal.SIGSTOP)
+        try:
+            for name in names:
+                for found in self._stream_files(name):
+                    shutil.copytree(found, copies / found.name)
+        finally:
+            os.killpg(self.running[-1].pid, signal.SIGCONT)
+        return copies
+
+    def put_back(self, copies: Path) -> None:
+        """While it is down: these streams are what they were, as after a loss of power. Streams are not synced."""
+        for copy in copies.iterdir():
+            (found,) = self.directory.glob(f"mnesia/*/stream/{copy.name}")
+            shutil.rmtree(found)
+            copy.rename(found)
+        copies.rmdir()
+
+    def _stream_files(self, name: str) -> list[Path]:
+        """RabbitMQ names a directory after virtual host, stream and the time when that was declared."""
+        return list(self.directory.glob(f"mnesia/*/stream/__{re.sub(r'[^a-z0-9]', '_', name)}_[0-9]*"))
 
     def kill(self) -> None:
         """kill -9: no farewell to anybody, nothing flushed."""

@@ -36,11 +36,13 @@ from broker.errors import StateError
 from broker.head import Decision
 from broker.rabbitmq import RabbitBroker
 from broker.topology import AGGREGATOR, Topology
+from fluffle.chaos.clock.sitecustomize import OFF_S
 from fluffle.chaos.task import TASK, Pace
 from fluffle.config import BrokerSection, Config, DataSection, RunSection, TrainSection
 from fluffle.layers import to_toml
 
 ROOT = Path(__file__).parents[2]
+CLOCK = Path(__file__).parent / "clock"
 FLUFFLE = (sys.executable, "-m", "fluffle")
 DEADLINE_S = 60.0  # for anything that a healthy machine does in a few seconds
 TAIL_LINES = 25
@@ -116,6 +118,7 @@ class Process:
         self.name = name
         self.arguments = arguments
         self.environment = environment or {}
+        self.clock_off_s = 0  # of the next start: how much later than now its wall clock says it is
         self.killed = False  # by us, and not started again
         self._among = among
         self._popen: subprocess.Popen[bytes]
@@ -148,7 +151,7 @@ class Process:
         self._popen = subprocess.Popen(  # noqa: S603 - our own words
             (*FLUFFLE, *self.arguments),
             cwd=self._among.directory,
-            env={**self._among.environment, **self.environment},
+            env={**self._among.environment, **self.environment, **wrong_clock(self.clock_off_s)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -297,12 +300,20 @@ class Deployment:
 
     def decisions(self, run: RunSettings) -> list[Decision]:
         """The ledger, out of the histories of all that led: what each of two leaders noted is there once."""
-        found: dict[tuple[int, int], Decision] = {}
+        found: dict[tuple[int, int, str, int, str], Decision] = {}
         for process in self.processes.values():
             if (process.run_dir / "history.sqlite").exists():
                 with History(process.run_dir / "history.sqlite") as history:
-                    found |= {(d.epoch, d.offset): d for d in history.ledger(run.run_id)}
+                    found |= {
+                        (d.epoch, d.offset, d.participant, d.task, d.verdict): d for d in history.ledger(run.run_id)
+                    }
         return [found[key] for key in sorted(found)]
+
+    def logged(self, event: str) -> list[Event]:
+        """Every such event of all processes, whenever they were started."""
+        files = [self.directory / f"{name}.log" for name in self.processes]
+        lines = [line for file in files if file.exists() for line in file.read_text(errors="replace").splitlines()]
+        return [found for line in lines if (found := parsed(line)) and found.name == event]
 
     def counted(self, run: RunSettings) -> Counter[tuple[str, int]]:
         """How often each participant's update of each task was counted."""
@@ -342,6 +353,11 @@ class Deployment:
         port = self.ports.get(process)
         url = self.url if port is None else self.url.with_host("127.0.0.1").with_port(port)
         return ("--broker", str(url).rstrip("/"), "--secrets", str(secrets), "--log-format", "json")
+
+
+def wrong_clock(off_s: int) -> dict[str, str]:
+    """What a process needs in its environment for a wall clock that is off by so many seconds."""
+    return {OFF_S: str(off_s), "PYTHONPATH": f"{CLOCK}{os.pathsep}{ROOT}"} if off_s else {}
 
 
 def parsed(line: str) -> Event | None:

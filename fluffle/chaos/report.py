@@ -30,11 +30,11 @@ def build_report(scenario: Scenario, outcome: Outcome) -> dict[str, Any]:
     one_model = len(set(outcome.models.values())) == 1
     return {
         "seed": scenario.seed,
-        "passed": outcome.balance.balanced and one_model and same is not False,
+        "passed": outcome.balance.balanced and one_model and same is not False and not _lost_itself(outcome),
         "participants": len(scenario.shape.participants),
         "rounds": outcome.closings[-1].round,
         "quorum": scenario.shape.quorum,
-        "large": scenario.large,
+        "large": scenario.shape.large,
         "own_broker": scenario.broker is None,
         "faults": {"struck": len(outcome.strikes), **_by_kind(outcome.strikes)},
         "struck": [_line(s, recovery_s(s, outcome.closings), outcome.strikes[0].struck) for s in outcome.strikes],
@@ -54,7 +54,8 @@ def build_report(scenario: Scenario, outcome: Outcome) -> dict[str, Any]:
 def report_text(report: dict[str, Any]) -> str:
     """The same in words, without the single faults."""
     faults = {kind: count for kind, count in report["faults"].items() if kind != "struck"}
-    updates = {name: value for name, value in report["updates"].items() if not isinstance(value, list)}
+    updates = {name: value for name, value in report["updates"].items() if isinstance(value, int)}
+    updates["lost_by_broker"] = sum(report["updates"]["lost_by_broker"].values())
     same = {None: "not compared: rounds closed with a quorum", True: "the undisturbed run's", False: "DIFFERENT"}
     lines = [
         f"{report['faults']['struck']} faults in {report['rounds']} rounds and {report['seconds']:.0f} s: "
@@ -66,6 +67,12 @@ def report_text(report: dict[str, Any]) -> str:
         "nothing was lost, nothing was counted twice" if report["passed"] else "SOMETHING WENT WRONG",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _lost_itself(outcome: Outcome) -> bool:
+    """Whether leaders say that the stream lost its tail, though nobody took it."""
+    taken = any(strike.fault.kind == "lost_tail" for strike in outcome.strikes)
+    return bool(sum(outcome.balance.lost_by_broker.values())) and not taken
 
 
 def _by_kind(strikes: Sequence[Strike]) -> dict[str, int]:
@@ -90,6 +97,7 @@ def _updates(balance: Balance) -> dict[str, Any]:
         "published": balance.published,
         **{str(verdict): count for verdict, count in balance.verdicts.items()},
         "after_the_end": balance.after_the_end,
+        "lost_by_broker": {str(verdict): count for verdict, count in balance.lost_by_broker.items()},
         **{name: list(getattr(balance, name)) for name in wrong},
     }
 

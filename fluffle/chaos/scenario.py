@@ -18,6 +18,7 @@ from broker.definitions import SALT_BYTES, Enrolment, definitions, password_hash
 from broker.errors import StateError
 from broker.topology import Topology
 from fluffle.chaos import audit
+from fluffle.chaos.copies import Copies
 from fluffle.chaos.node import Node
 from fluffle.chaos.plan import HELD_ROUNDS, Fault, Shape
 from fluffle.chaos.processes import LEADER, Deployment, Process
@@ -45,24 +46,23 @@ class Address:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is run and struck. `broker` None: a private RabbitMQ. `large`: models and updates go in chunks."""
+    """What is run and struck. `broker` None: a private RabbitMQ."""
 
     seed: int
     shape: Shape
     run_id: str = "chaos"
     federation: str = "chaos"
     broker: Address | None = None
-    large: bool = False
     stalled_s: float = STALLED_S
 
     @property
     def run(self) -> RunSettings:
-        sizes = IN_CHUNKS if self.large else {}
+        sizes = IN_CHUNKS if self.shape.large else {}
         return RunSettings(
             run_id=self.run_id,
             federation=self.federation,
             seed=self.seed,
-            learning_task=LARGE_TASK if self.large else TASK,
+            learning_task=LARGE_TASK if self.shape.large else TASK,
             stop=StopSettings(rounds=self.shape.rounds),
             evaluation=EvaluationSettings(mode="none"),
             round=self._round(),
@@ -111,6 +111,7 @@ def perform(scenario: Scenario, plan: Sequence[Fault], directory: Path, on_round
         strikes = _struck(world, plan, scenario.stalled_s)
         last.open()
         models = {name: _model_of(world.process(name), scenario.stalled_s) for name in (LEADER, STANDBY)}
+        asyncio.run(world.copies.forget_orders())  # the broker may not be ours
         return Outcome(
             strikes=strikes,
             closings=world.progress.closings,
@@ -137,7 +138,10 @@ def _world(scenario: Scenario, directory: Path, on_round: Callable[[int], None])
         between = stack.enter_context(proxies(names, at.url.port or AMQP_PORT, at.url.host or "127.0.0.1"))
         federation = Deployment(at.url, at.password, topology, directory, between.ports, progress.hear)
         stack.enter_context(federation)
-        world = World(federation, between, progress, node, stack.enter_context(ThreadPoolExecutor(AT_ONCE)))
+        pool = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
+        run_dirs = [directory / f"run of {name}" for name in (LEADER, STANDBY)]
+        copies = Copies(federation.broker(), topology, participants, run_dirs, scenario.shape.large)
+        world = World(federation, between, progress, node, pool, copies, scenario.run_id)
         progress.on_end = lambda process: world.do(restart, process)
         stack.callback(world.end)
         yield world
@@ -169,6 +173,7 @@ def _start(scenario: Scenario, world: World, gates: tuple[Gate, Gate]) -> None:
     """Everybody. The first round waits for the first gate, the last rounds for the other."""
     federation, run = world.federation, scenario.run
     federation.set_up()
+    asyncio.run(world.copies.keep_orders())
     for name in (LEADER, STANDBY):
         federation.aggregator(run, "--set", "http.listen=", name=name).wait_for("standing_by")
     trains_s = QUORUM_TRAINS_S if scenario.shape.quorum else TRAINS_S
@@ -207,4 +212,6 @@ def _model_of(process: Process, within_s: float) -> str:
 def _balance(federation: Deployment, run: RunSettings) -> audit.Balance:
     published = asyncio.run(audit.published(federation.broker(), federation.topology, run.run_id))
     end = audit.read_to([federation.processes[name].run_dir for name in (LEADER, STANDBY)])
-    return audit.balance(published, federation.decisions(run), end)
+    lost = [event.fields for event in federation.logged("updates_stream_lost_its_tail")]
+    losses = [audit.Loss(fields["epoch"], fields["read_again_from"]) for fields in lost]
+    return audit.balance(published, federation.decisions(run), end, losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import resource
 import threading
 import time
@@ -10,18 +11,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from random import Random
 from typing import TypeVar
 
 import structlog
 
 from broker.errors import StateError
 from fluffle.chaos import plan
+from fluffle.chaos.copies import Copies, Copy
 from fluffle.chaos.node import Node
 from fluffle.chaos.plan import Fault, Kind
 from fluffle.chaos.processes import LEADER, Deployment, Process
 from fluffle.chaos.progress import Progress
 from fluffle.chaos.proxy import Proxies
 
+STANDS_BY_S = 20.0  # unless something else is struck, too
 STANDBY = "standby"  # the process; as in `plan`, but there it is the role
 
 Result = TypeVar("Result")
@@ -48,9 +52,12 @@ class World:
     progress: Progress
     node: Node | None
     pool: ThreadPoolExecutor
+    copies: Copies
+    run_id: str
     over: threading.Event = field(default_factory=threading.Event)
     disks_full: set[str] = field(default_factory=set)  # whose disk ever was: they may end by themselves
     ended: list[tuple[str, int]] = field(default_factory=list)  # who did, and with which exit code
+    lost: list[Copy] = field(default_factory=list)  # what lay in a stream just before it lost its tail
     _locks: dict[tuple[str, str], threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
 
     def do(self, work: Callable[..., Result], *arguments: object) -> Future[Result]:
@@ -117,6 +124,36 @@ def killed(world: World, name: str, _: Fault) -> Iterator[None]:
     finally:
         if not world.over.is_set():
             process.start()
+
+
+@contextmanager
+def clock_wrong(world: World, name: str, fault: Fault) -> Iterator[None]:
+    """The process is started again with a wall clock that is off, later with the right one. An aggregator leads."""
+    process = world.process(name)
+    _restarted(world, process, fault.clock_off_s)
+    if fault.whom == plan.STANDBY:
+        _hand_lead_to(world, process)
+    try:
+        yield
+    finally:
+        _restarted(world, process, 0)
+
+
+def _restarted(world: World, process: Process, clock_off_s: int) -> None:
+    process.kill()
+    process.clock_off_s = clock_off_s
+    if not world.over.is_set():
+        process.start()
+
+
+def _hand_lead_to(world: World, process: Process) -> None:
+    """Cuts off whoever leads, once this one stands by: RabbitMQ has no other choice then."""
+    process.log.wait_for("standing_by", {}, time.monotonic() + STANDS_BY_S)
+    leader = world.progress.leader
+    if leader != process.name:
+        with world.lock("cut", leader):
+            world.proxies.tell(leader, lambda proxy: proxy.cut())
+    process.log.wait_for("leading", {}, time.monotonic() + STANDS_BY_S)
 
 
 @contextmanager
@@ -189,6 +226,40 @@ def broker_killed(world: World, _: str, __: Fault) -> Iterator[None]:
 
 
 @contextmanager
+def tail_lost(world: World, _: str, fault: Fault) -> Iterator[None]:
+    """The broker's machine loses power: of these streams, nothing that came in its last seconds is there again."""
+    assert world.node
+    files = world.node.copy_streams(_streams(world, fault.stream))
+    world.over.wait(fault.loses_s)
+    world.lost += asyncio.run(world.copies.of_updates())
+    world.node.kill()
+    world.node.put_back(files)
+    try:
+        yield
+    finally:
+        if not world.over.is_set():
+            world.node.start()
+
+
+@contextmanager
+def repeated(world: World, _: str, fault: Fault) -> Iterator[None]:
+    """Copies of messages arrive, late and in another order; also of such that the broker lost."""
+    dice = Random(f"{fault}")  # noqa: S311 - a plan that can be repeated
+    asyncio.run(world.copies.repeat(fault.repeats, world.lost, dice))
+    yield
+
+
+def _streams(world: World, which: str) -> list[str]:
+    topology, participants = world.federation.topology, world.copies.participants
+    names = {
+        plan.UPDATES: topology.updates,
+        plan.MODEL: topology.model(world.run_id),
+        **{plan.OUTBOX + name: topology.outbox(name) for name in participants},
+    }
+    return list(names.values()) if which == plan.ALL else [names[which]]
+
+
+@contextmanager
 def broker_short_of_memory(world: World, _: str, __: Fault) -> Iterator[None]:
     assert world.node
     with world.node.short_of_memory():
@@ -199,6 +270,7 @@ Hurt = Callable[[World, str, Fault], AbstractContextManager[None]]
 HURTS: dict[Kind, Hurt] = {
     "kill": killed, "asleep": killed, "freeze": frozen, "freeze_long": frozen, "disk_full": disk_full, "cut": cut,
     "stall": stalled, "slow": slowed, "half_up": half_closed, "half_down": half_closed,
-    "broker_kill": broker_killed, "memory_alarm": broker_short_of_memory,
+    "wrong_clock": clock_wrong, "broker_kill": broker_killed, "memory_alarm": broker_short_of_memory,
+    "lost_tail": tail_lost, "repeat": repeated,
 }  # fmt: skip
 NETWORK = ("cut", "stall", "slow", "half_up", "half_down")

@@ -91,6 +91,44 @@ async def test_the_newest_quorum_queue(node: Node) -> None:
     await transport.close()
 
 
+@pytest.mark.parametrize("tail", ["both files", "the index only", "data cut in the middle", "data never written"])
+async def test_the_tail_of_a_stream(node: Node, tail: str) -> None:
+    """It comes up with what is whole in both of its files, and gives the lost offsets again."""
+    transport = await connect(node)
+    await transport.declare(STREAM)
+    await transport.publish("", STREAM.name, b"kept")
+    await asyncio.to_thread(node.settle)
+    copies = await asyncio.to_thread(node.copy_streams, [STREAM.name, "fl.t-000.nothing"])
+    await transport.publish("", STREAM.name, b"lost")
+    await asyncio.to_thread(node.kill)
+    await transport.close()
+    await asyncio.to_thread(damage, copies, tail)
+    await asyncio.to_thread(node.put_back, copies)
+    await asyncio.to_thread(node.start)
+    transport = await connect(node)
+    await transport.declare(STREAM)
+    await transport.publish("", STREAM.name, b"new")
+    inbox = await transport.read(STREAM.name, offset="first")
+    deliveries = [await inbox.get(10) for _ in range(2)]
+    assert [(d.offset, d.body) for d in deliveries if d] == [(0, b"kept"), (1, b"new")]
+    assert len({d.id for d in deliveries if d}) == 2
+    await transport.close()
+
+
+def damage(copies: Path, tail: str) -> None:
+    """What else a loss of power may leave: the files are written page by page, in any order."""
+    [copy] = copies.iterdir()
+    [segment] = copy.glob("*.segment")
+    [now] = copies.parent.glob(f"mnesia/*/stream/{copy.name}/{segment.name}")
+    old, new = segment.read_bytes(), now.read_bytes()
+    assert new.startswith(old)
+    data = {
+        "both files": old, "the index only": new, "data cut in the middle": new[:-3],
+        "data never written": old.ljust(len(new), b"\0"),
+    }  # fmt: skip
+    segment.write_bytes(data[tail])
+
+
 async def test_what_was_written_down_before_is_kept(node: Node) -> None:
     transport = await connect(node)
     await transport.declare(STREAM, Queue(QUEUE, replicated=True))

@@ -26,7 +26,7 @@ from broker.memory import MemoryBroker
 from broker.messages import Heartbeat, Leave, Message, TrainFailed, UpdateReady
 from broker.tensors import Arrays
 from broker.topology import AGGREGATOR, Topology
-from broker.wire import decode
+from broker.wire import decode, encode
 from tests.federation import Crowd, Federation, Pull, names, settings
 from workers.journal import FileJournal
 from workers.task import TrainConfig, TrainResult, WorkAbandoned
@@ -720,3 +720,53 @@ async def test_an_aggregator_whose_publishers_are_blocked_says_so_and_goes_on_af
         broker.unblock()
         assert (await running).version == 2
         assert all("blocks publishers" not in who.status(time.time()).waits_for for who in (aggregator, *workers))
+
+
+async def test_places_of_lost_messages_that_others_took_are_read_again(
+    federation: Federation, undisturbed: str
+) -> None:
+    """Nobody leads yet, and participants say more than was lost: the end of the stream tells nothing."""
+    broker = federation.broker
+    assert isinstance(broker, MemoryBroker)
+    with capture_logs() as logs:
+        async with running(federation, settings(3, rounds=4)) as job:
+            job.crowd.start("p01", "p02")
+            job.crowd.start("p03", lag_s=0.5)
+            await federation.closed(1)
+            broker.stop()
+            broker.lose_stream_tail(TOPOLOGY.updates, 3)
+            broker.start()
+            again = await broker.connect("p01", purpose="test")
+            for _ in range(20):
+                beat = Heartbeat(participant="p01", run_id="run-1", epoch=1, phase="idle")
+                await again.publish(TOPOLOGY.up, "p01.heartbeat", encode(beat))
+            await again.close()
+            head = await job.aggregator
+    assert digest(head) == undisturbed
+    [noticed] = [line for line in logs if line["event"] == "updates_stream_lost_its_tail"]
+    assert noticed["read_again_from"] < noticed["read_to"] <= noticed["end"]
+    counted = Counter((d.participant, d.task) for d in await federation.ledger() if d.verdict == "counted")
+    assert (len(counted), set(counted.values())) == (12, {1})
+
+
+async def test_a_standby_without_the_model_that_the_broker_lost_leaves_the_lead_to_one_who_has_it(
+    tmp_path: Path,
+) -> None:
+    broker = MemoryBroker(TOPOLOGY.access)
+    here, there = (Federation(broker, tmp_path / name, names(2), heartbeat_s=0.2) for name in ("here", "there"))
+    run = settings(2, rounds=3, broker={**STREAMS, "patience_s": 0.5})
+    async with running(here, run) as job:
+        job.crowd.start("p01")
+        job.crowd.start("p02", lag_s=0.5)
+        await here.closed(1)
+        job.aggregator.cancel()
+        await asyncio.wait([job.aggregator])
+        broker.lose_stream_tail(TOPOLOGY.model("run-1"), 1000)
+        other = there.aggregator(run)
+        standby = asyncio.create_task(other.run())
+        while True:
+            if "neither on the broker nor" in other.status(time.time()).waits_for:
+                break
+            await asyncio.sleep(0.01)
+        assert (await here.aggregator(run).run()).version == 3
+        assert (await standby).version == 3

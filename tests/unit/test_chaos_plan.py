@@ -10,8 +10,25 @@ from hypothesis import strategies as st
 from broker.errors import StateError
 from broker.head import Decision
 from broker.messages import Verdict
-from fluffle.chaos.audit import balance
-from fluffle.chaos.plan import BROKER, HELD_ROUNDS, KINDS, LEADER, LONG_FREEZE_S, STANDBY, Fault, Kind, Shape, draw
+from fluffle.chaos.audit import Loss, Update, balance
+from fluffle.chaos.plan import (
+    ALL,
+    BROKER,
+    CLOCK_OFF_S,
+    HELD_ROUNDS,
+    KINDS,
+    LEADER,
+    LONG_FREEZE_S,
+    MODEL,
+    OF_BROKER,
+    OUTBOX,
+    STANDBY,
+    UPDATES,
+    Fault,
+    Kind,
+    Shape,
+    draw,
+)
 from fluffle.chaos.processes import LOG_ENDED, Event, Process
 from fluffle.chaos.progress import Closing, Progress
 from fluffle.chaos.report import recovery_s
@@ -19,10 +36,10 @@ from fluffle.chaos.strikes import HURTS, Strike
 from workers.partition import participant_names
 
 SHAPES = st.builds(
-    lambda count, faults, own_broker, quorum: Shape(
-        tuple(participant_names(count)), faults, own_broker=own_broker, quorum=quorum
+    lambda count, faults, own_broker, quorum, large: Shape(
+        tuple(participant_names(count)), faults, own_broker=own_broker, quorum=quorum, large=large
     ),
-    st.integers(2, 6), st.integers(1, 150), st.booleans(), st.booleans(),
+    st.integers(2, 6), st.integers(1, 150), st.booleans(), st.booleans(), st.booleans(),
 )  # fmt: skip
 SEEDS = st.integers(0, 2**32)
 NO_HURRY = given_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -59,9 +76,23 @@ def test_every_kind_occurs_once_there_are_faults_enough(seed: int, shape: Shape)
 def test_only_what_is_there_is_struck_and_not_for_ever(seed: int, shape: Shape) -> None:
     for fault in draw(seed, shape):
         assert fault.whom in (LEADER, STANDBY, BROKER, *shape.participants)
-        assert (fault.whom == BROKER) == (fault.kind in ("broker_kill", "memory_alarm"))
+        assert (fault.whom == BROKER) == (fault.kind in (*OF_BROKER, "repeat"))
         assert 0 <= fault.lasts_s <= LONG_FREEZE_S[1]
         assert bool(fault.kb_per_s) == (fault.kind == "slow")
+        assert bool(fault.repeats) == (fault.kind == "repeat")
+        assert bool(fault.stream) == bool(fault.loses_s) == (fault.kind == "lost_tail")
+        assert bool(fault.clock_off_s) == (fault.kind == "wrong_clock")
+        outboxes = {f"{OUTBOX}{name}" for name in shape.participants}
+        assert fault.stream in ("", UPDATES, *({ALL, MODEL, *outboxes} if shape.large else ()))
+
+
+def test_clocks_are_wrong_by_minutes_hours_and_days_either_way() -> None:
+    offs = [fault.clock_off_s for seed in range(20) for fault in draw(seed, Shape(("p01", "p02"), 100))]
+    wrong = [off_s for off_s in offs if off_s]
+    assert all(CLOCK_OFF_S[0] <= abs(off_s) <= CLOCK_OFF_S[1] for off_s in wrong)
+    for sign in (-1, 1):
+        assert any(sign * off_s < 3600 for off_s in wrong if sign * off_s > 0)
+        assert any(sign * off_s > 86400 for off_s in wrong)
 
 
 def test_seeds_differ_and_leader_standby_and_workers_are_all_struck() -> None:
@@ -75,7 +106,7 @@ def test_seeds_differ_and_leader_standby_and_workers_are_all_struck() -> None:
     [
         (True, True, set()),
         (True, False, {"asleep"}),
-        (False, False, {"asleep", "broker_kill", "memory_alarm"}),
+        (False, False, {"asleep", "broker_kill", "memory_alarm", "lost_tail"}),
     ],
 )
 def test_what_cannot_be_is_not_planned(*, own_broker: bool, quorum: bool, missing: set[Kind]) -> None:
@@ -89,28 +120,87 @@ def test_every_kind_can_be_done() -> None:
 # -- the ledger -------------------------------------------------------------------------------------------------
 
 
-def decision(offset: int, verdict: Verdict = "counted", task: int = 0) -> Decision:
-    return Decision(epoch=1, offset=offset, participant="p01", task=task or offset, verdict=verdict)
+def decision(
+    offset: int, verdict: Verdict = "counted", task: int = 0, epoch: int = 1, who: str = "p01"
+) -> Decision:
+    return Decision(epoch=epoch, offset=offset, participant=who, task=task or offset, verdict=verdict)
+
+
+def update(offset: int, task: int = 0) -> Update:
+    return Update(offset, "p01", task or offset)
+
+
+NOTHING: dict[Verdict, int] = {"counted": 0, "late": 0, "refused": 0, "duplicate": 0}
 
 
 def test_a_ledger_that_balances() -> None:
-    found = balance([3, 5, 9], [decision(3), decision(5, "late")], end=9)
+    unread = Decision(epoch=1, offset=7, participant="p01", task=0, verdict="refused")  # before its task was known
+    found = balance([update(3), update(5), update(7), update(9)], [decision(3), decision(5, "late"), unread], end=9)
     assert found.balanced
-    assert (found.published, found.after_the_end) == (2, 1)
-    assert found.verdicts == {"counted": 1, "late": 1, "refused": 0, "duplicate": 0}
+    assert (found.published, found.after_the_end) == (3, 1)
+    assert found.verdicts == {**NOTHING, "counted": 1, "late": 1, "refused": 1}
+    assert found.lost_by_broker == NOTHING
+
+
+WRONG: list[tuple[list[Decision], str, tuple[object, ...]]] = [
+    ([decision(3)], "undecided", (5,)),
+    ([decision(3), decision(5), decision(7)], "invented", (7,)),
+    ([decision(3), decision(5), decision(9, "late")], "invented", (9,)),  # not read yet, the record says
+    ([decision(3), decision(5, who="p02")], "invented", (5,)),
+    ([decision(3), decision(5, task=4)], "invented", (5,)),
+    ([decision(3), decision(5), decision(5, "late")], "contradicted", (5,)),
+    ([decision(3), decision(5), decision(5, epoch=2)], "contradicted", (5,)),  # nothing was lost
+    ([decision(3), decision(5), decision(5, "late", epoch=2)], "contradicted", (5,)),
+]
+
+
+@pytest.mark.parametrize(("decided", "wrong", "what"), WRONG)
+def test_a_ledger_that_does_not(decided: list[Decision], wrong: str, what: tuple[object, ...]) -> None:
+    found = balance([update(3), update(5), update(9)], decided, end=9)
+    assert not found.balanced
+    assert getattr(found, wrong) == what
+
+
+def test_nothing_is_counted_twice() -> None:
+    found = balance([update(3), update(5, task=3)], [decision(3), decision(5, task=3)], end=9)
+    assert (found.balanced, found.counted_twice) == (False, (("p01", 3),))
+
+
+# The leader of epoch 2 found that from offset 5 on the stream had been lost; 5 is another message now, 7 is none.
+LOSS = Loss(epoch=2, offset=5)
+LOST = [decision(3), decision(5), decision(7)]
+NOW = [update(3), update(5, task=8)]
+
+
+def test_what_the_broker_lost_is_told_apart() -> None:
+    found = balance(NOW, [*LOST, decision(5, task=8, epoch=2)], 9, [LOSS])
+    assert found.balanced
+    assert (found.published, found.verdicts["counted"], found.lost_by_broker["counted"]) == (2, 2, 2)
+
+
+def test_what_was_read_again_has_one_verdict_that_stands() -> None:
+    again = [decision(5, "duplicate", epoch=2), decision(7, "duplicate", epoch=3)]
+    found = balance([update(3), update(5), update(7)], [*LOST, *again], 9, [LOSS])
+    assert found.balanced
+    assert found.verdicts == {**NOTHING, "counted": 1, "duplicate": 2}
 
 
 @pytest.mark.parametrize(
-    ("decided", "wrong", "what"),
+    ("later", "losses", "wrong", "what"),
     [
-        ([decision(3)], "undecided", (5,)),
-        ([decision(3), decision(5), decision(7)], "invented", (7,)),
-        ([decision(3), decision(5), decision(5, "late")], "contradicted", (5,)),
-        ([decision(3), decision(5, task=3)], "counted_twice", (("p01", 3),)),
+        ([], [LOSS], "undecided", (5,)),  # an old verdict is none about what lies there now
+        ([decision(5, task=8, epoch=2)], [], "invented", (5, 7)),  # nobody said that anything was lost
+        ([decision(5, task=8, epoch=2)], [Loss(2, 7)], "invented", (5,)),  # nor that this was
+        ([decision(5, task=8, epoch=2)], [Loss(1, 5)], "invented", (5, 7)),  # nor later than it was decided
+        ([decision(5, task=8, epoch=2), decision(6, epoch=2)], [LOSS], "invented", (6,)),
+        ([decision(5, task=8, epoch=2), decision(5, "late", 8, 3)], [LOSS], "contradicted", (5,)),
+        ([decision(5, task=7, epoch=2)], [LOSS], "counted_twice", (("p01", 7),)),  # before the loss, and after it
     ],
 )
-def test_a_ledger_that_does_not(decided: list[Decision], wrong: str, what: tuple[object, ...]) -> None:
-    found = balance([3, 5], decided, end=9)
+def test_a_loss_excuses_nothing_else(
+    later: list[Decision], losses: list[Loss], wrong: str, what: tuple[object, ...]
+) -> None:
+    found = balance(NOW, [*LOST, *later], 9, losses)
     assert not found.balanced
     assert getattr(found, wrong) == what
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregator.judge import judge, weight_of
-from aggregator.round import Round, Step, deadline_s
+from aggregator.round import Round, Step, deadline_s, reckoned
 from aggregator.settings import RoundSettings
 from broker.head import HeadRecord, OpenRound
 from broker.messages import UpdateReady, Where
@@ -33,6 +33,19 @@ def a_round(asked: int = 10, accepted: int = 0, **settings: object) -> Round:
     for participant in names(accepted):
         current.accept(participant, 1)
     return current
+
+
+# -- clocks that differ ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attempt", [1, 2, 3])
+def test_a_deadline_that_another_clock_set_is_never_further_away_than_an_attempt_may_take(attempt: int) -> None:
+    settings = RoundSettings(participants=10, deadline_s=10.0)
+    current = opened(attempt=attempt)
+    longest_s = deadline_s(settings, current.allowed_s, attempt)
+    assert reckoned(current, settings, DEADLINE - longest_s) == current
+    assert reckoned(current, settings, DEADLINE + 9999.0) == current  # it has passed, whoever is right
+    assert reckoned(current, settings, DEADLINE - 9999.0).deadline == DEADLINE - 9999.0 + longest_s
 
 
 # -- when it closes -------------------------------------------------------------------------------------------
