@@ -3,10 +3,10 @@
 RabbitMQ closes a channel on every refusal. So each request has a channel of its own, each consumer keeps one,
 and the publishing one is opened again after an error: a refusal costs whoever caused it, never the connection.
 
-It is built on aio-pika's plain classes: they connect, declare and delete. Publishing and consuming have channels of
-the protocol layer under it (aiormq), because that can write a message in one step (see `_publish`), runs one task
-for a delivery where aio-pika runs three, tells when the broker cancels a consumer, and leaves nothing behind at its
-connection: a channel of aio-pika leaves 4 KB, and an aggregator opens one for every large update.
+It is built on aio-pika's plain connection. All channels are of the protocol layer under it (aiormq), because that
+can write a message in one step (see `_publish`), runs one task for a delivery where aio-pika runs three, tells when
+the broker cancels a consumer, and leaves nothing behind at its connection: a channel of aio-pika leaves 4 KB, and a
+leader declares something in every round.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from functools import partial
 from typing import Any, SupportsIndex, TypeVar
 
 import aio_pika
-from aio_pika import DeliveryMode, ExchangeType
-from aio_pika.abc import AbstractChannel, AbstractConnection
+from aio_pika import DeliveryMode
+from aio_pika.abc import AbstractConnection
 from aio_pika.exceptions import (
     AMQPConnectionError,
     AMQPError,
@@ -221,7 +221,7 @@ class RabbitTransport:
         return self._connection.watch.reason
 
     async def declare(self, *things: Declaration) -> None:
-        async def declare(channel: AbstractChannel) -> None:
+        async def declare(channel: UnderlayChannel) -> None:
             for thing in things:
                 await _declare(channel, thing)
 
@@ -255,7 +255,7 @@ class RabbitTransport:
         return await self._open(_Reader(self, stream, prefetch, offset))
 
     async def delete(self, name: str) -> None:
-        async def delete(channel: AbstractChannel) -> None:
+        async def delete(channel: UnderlayChannel) -> None:
             await channel.queue_delete(name)
 
         await self._request("delete", partial(self._briefly, delete))
@@ -330,9 +330,9 @@ class RabbitTransport:
         inbox.watch()
         return inbox
 
-    async def _briefly(self, use: Callable[[AbstractChannel], Awaitable[None]]) -> None:
+    async def _briefly(self, use: Callable[[UnderlayChannel], Awaitable[None]]) -> None:
         """Uses a channel that nobody else has."""
-        channel = await self._connection.channel(publisher_confirms=False)
+        channel = await self._underlay.channel(publisher_confirms=False)
         try:
             await use(channel)
         finally:
@@ -364,15 +364,14 @@ class RabbitTransport:
         return (kind or TransportError)(f"{self._name}: cannot {deed} that: {_text(error)}")
 
 
-async def _declare(channel: AbstractChannel, thing: Declaration) -> None:
+async def _declare(channel: UnderlayChannel, thing: Declaration) -> None:
     match thing:
         case Exchange():
-            await channel.declare_exchange(thing.name, ExchangeType.TOPIC, durable=True)
+            await channel.exchange_declare(thing.name, exchange_type="topic", durable=True)
         case Binding():
-            destination = await channel.get_queue(thing.destination, ensure=False)
-            await destination.bind(thing.exchange, thing.pattern)
+            await channel.queue_bind(thing.destination, thing.exchange, thing.pattern)
         case Queue() | Stream():
-            await channel.declare_queue(thing.name, durable=True, arguments=arguments_of(thing))
+            await channel.queue_declare(thing.name, durable=True, arguments=arguments_of(thing))
 
 
 class _Inbox(WaitingInbox):

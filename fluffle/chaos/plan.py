@@ -48,7 +48,10 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What is to be struck, and how often. `own_broker`: the broker may be killed. `run_rounds` 0: as faults need."""
+    """What is to be struck, and how often. `own_broker`: the broker may be killed.
+
+    `run_rounds` 0: as many as the faults need.
+    """
 
     participants: tuple[str, ...]
     faults: int

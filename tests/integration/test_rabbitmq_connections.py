@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,6 +130,27 @@ async def test_nothing_overtakes(rabbit: Rabbit, topology: Topology) -> None:
         received = [await inbox.get(10) for _ in bodies]
         assert [d.body for d in received if d] == bodies
     await transport.close()
+
+
+async def test_requests_leave_nothing_behind(rabbit: Rabbit, topology: Topology) -> None:
+    """A leader makes some in every round, at one connection, for weeks."""
+    transport = await rabbit.broker().connect(AGGREGATOR, purpose="requests")
+    await transport.declare(*topology.aggregator_declarations())
+
+    async def in_every_round() -> None:
+        await transport.declare(Queue(topology.rejected, max_length=10_000))
+        await (await transport.read(topology.updates, offset="next", prefetch=1)).close()
+        await (await transport.consume(topology.rejected)).close()
+        await transport.publish("", topology.updates, b"hello")
+
+    held: list[int] = []
+    for _ in range(3):
+        for _ in range(30):
+            await in_every_round()
+        gc.collect()
+        held.append(sum(type(thing).__name__ not in ("TimerHandle", "Context") for thing in gc.get_objects()))
+    await transport.close()
+    assert held[2] - held[1] < 30, "less than one for each round; timers that are not needed end with their time"
 
 
 async def test_closing_ends_although_nothing_passes(rabbit: Rabbit, topology: Topology) -> None:
