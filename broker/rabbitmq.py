@@ -2,6 +2,8 @@
 
 RabbitMQ closes a channel on every refusal. So each request has a channel of its own, each consumer keeps one,
 and the publishing one is opened again after an error: a refusal costs whoever caused it, never the connection.
+Readers of streams leave theirs to the next one: RabbitMQ before 3.10.11 never forgets a channel that read a stream
+(5 KB each, https://github.com/rabbitmq/rabbitmq-server/pull/6325).
 
 It is built on aio-pika's plain connection. All channels are of the protocol layer under it (aiormq), because that
 can write a message in one step (see `_publish`), runs one task for a delivery where aio-pika runs three, tells when
@@ -212,6 +214,7 @@ class RabbitTransport:
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._inboxes: set[_Inbox] = set()
         self._publisher: UnderlayChannel | None = None
+        self._spare: list[UnderlayChannel] = []  # of readers that are gone
         self._opening = asyncio.Lock()
         self._underlay = _underlay(connection)
         self._underlay.closing.add_done_callback(self._on_closing)
@@ -297,6 +300,19 @@ class RabbitTransport:
     def leave(self, inbox: _Inbox) -> None:
         self._inboxes.discard(inbox)
 
+    async def open_channel(self) -> UnderlayChannel:
+        return await self._underlay.channel(publisher_confirms=False)
+
+    async def take_spare(self) -> UnderlayChannel:
+        """A channel on which streams were read before, if there is one."""
+        while self._spare:
+            if not (channel := self._spare.pop()).is_closed:
+                return channel
+        return await self.open_channel()
+
+    def spare(self, channel: UnderlayChannel) -> None:
+        self._spare.append(channel)
+
     def _on_closing(self, closing: asyncio.Future[Any]) -> None:
         error = None if closing.cancelled() else closing.exception()
         self._lose(f"the connection was lost ({_text(error)}): connect again")
@@ -325,14 +341,14 @@ class RabbitTransport:
             return self._publisher
 
     async def _open(self, inbox: _Inbox) -> Inbox:
-        await self._request("read from", partial(inbox.open, self._underlay))
+        await self._request("read from", inbox.open)
         self._inboxes.add(inbox)
         inbox.watch()
         return inbox
 
     async def _briefly(self, use: Callable[[UnderlayChannel], Awaitable[None]]) -> None:
         """Uses a channel that nobody else has."""
-        channel = await self._underlay.channel(publisher_confirms=False)
+        channel = await self.open_channel()
         try:
             await use(channel)
         finally:
@@ -385,26 +401,36 @@ class _Inbox(WaitingInbox):
         self._fresh: deque[DeliveredMessage] = deque()
         self._arguments: Arguments = {}
         self._channel: UnderlayChannel
+        self._closing: asyncio.Future[Any]
+        self._tag = ""
 
-    async def open(self, connection: UnderlayConnection) -> None:
-        self._channel = await connection.channel(publisher_confirms=False)
+    async def open(self) -> None:
+        self._channel = await self._take_channel()
         try:
             if self._prefetch:
                 await self._channel.basic_qos(prefetch_count=self._prefetch)
             self._channel.on_consumer_cancel_callbacks.add(self._on_cancel)
-            await self._channel.basic_consume(self._name, self._on_message, arguments=self._arguments)
+            consuming = await self._channel.basic_consume(self._name, self._on_message, arguments=self._arguments)
+            self._tag = consuming.consumer_tag or ""
         except BaseException:
             await self._channel.close()
             raise
 
     def watch(self) -> None:
         """From now on a channel that closes ends this inbox."""
-        self._channel.closing.add_done_callback(self._on_closing)
+        self._closing = self._channel.closing
+        self._closing.add_done_callback(self._on_closing)
 
     async def close(self) -> None:
         await super().close()
         with suppress(TransportError, *REFUSED):
-            await self._transport.call(self._channel.close)
+            await self._transport.call(self._leave_channel)
+
+    async def _take_channel(self) -> UnderlayChannel:
+        return await self._transport.open_channel()
+
+    async def _leave_channel(self) -> None:
+        await self._channel.close()
 
     @property
     def _origin(self) -> str:
@@ -465,6 +491,7 @@ class _Reader(_Inbox):
         super().__init__(transport, name, prefetch)
         self._arguments = {"x-stream-offset": offset}
         self._first = offset if isinstance(offset, int) else 0
+        self._is_stream = False  # as far as we know
         self._owed = 0
         self._acks: set[asyncio.Future[None]] = set()
 
@@ -474,6 +501,7 @@ class _Reader(_Inbox):
             if "x-stream-offset" not in _headers(message):
                 self.leave("it is a queue and cannot be read: consume it")
                 self._check()
+            self._is_stream = True
             self._acknowledge(_tag(message))
             offset = int(_headers(message)["x-stream-offset"])
             if offset >= self._first:  # RabbitMQ begins with a whole chunk
@@ -494,6 +522,20 @@ class _Reader(_Inbox):
         super()._depart()
         for ack in self._acks:
             ack.cancel()
+
+    async def _take_channel(self) -> UnderlayChannel:
+        return await self._transport.take_spare()
+
+    async def _leave_channel(self) -> None:
+        """Once RabbitMQ knows that this reader is gone, and no delivery is open, the next one may have it."""
+        if not self._is_stream:  # what a queue delivered must go back, and so it does
+            return await super()._leave_channel()
+        await self._channel.basic_cancel(self._tag)
+        await self._channel.basic_ack(0, multiple=True)
+        self._channel.on_consumer_cancel_callbacks.discard(self._on_cancel)
+        self._closing.cancel()  # which only ends this watching
+        self._transport.spare(self._channel)
+        return None
 
 
 def _delivery(message: DeliveredMessage, settle: Any, *, offset: int = -1, delivery_count: int = 0) -> Delivery:
