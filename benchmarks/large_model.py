@@ -30,6 +30,7 @@ from yarl import URL
 from aggregator.judge import weight_of
 from aggregator.settings import RunSettings
 from aggregator.strategies import make_strategy
+from benchmarks.probe import KIB_PER_MIB, beam, fields
 from broker import tensors
 from broker.tensors import Arrays
 from fluffle.chaos.node import PROGRAMS, Node
@@ -135,20 +136,8 @@ def stopped(worker: Process) -> float:
 
 def beam_peak_mb(node: Node | None) -> float:
     """The most memory that the newest RabbitMQ of this node held, in MiB; 0 if it is not ours or not on Linux."""
-    for status in Path("/proc").glob("[0-9]*/status") if node else ():
-        fields = status_fields(status)
-        ours = fields.get("NSsid", "").split()[:1] == [str(node.running[-1].pid)] if node else False
-        if ours and fields["Name"].startswith("beam"):
-            return round(int(fields["VmHWM"].split()[0]) / 1024, 1)
-    return 0.0
-
-
-def status_fields(path: Path) -> dict[str, str]:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:  # it ended meanwhile
-        return {}
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    pid = beam(node) if node else None
+    return round(int(fields(Path(f"/proc/{pid}/status"))["VmHWM"].split()[0]) / KIB_PER_MIB, 1) if pid else 0.0
 
 
 @contextmanager

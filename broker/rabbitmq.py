@@ -2,11 +2,13 @@
 
 RabbitMQ closes a channel on every refusal. So each request has a channel of its own, each consumer keeps one,
 and the publishing one is opened again after an error: a refusal costs whoever caused it, never the connection.
+Readers of streams leave theirs to the next one: RabbitMQ before 3.10.11 never forgets a channel that read a stream
+(5 KB each, https://github.com/rabbitmq/rabbitmq-server/pull/6325).
 
-It is built on aio-pika's plain classes: they connect, declare and delete. Publishing and consuming have channels of
-the protocol layer under it (aiormq), because that can write a message in one step (see `_publish`), runs one task
-for a delivery where aio-pika runs three, tells when the broker cancels a consumer, and leaves nothing behind at its
-connection: a channel of aio-pika leaves 4 KB, and an aggregator opens one for every large update.
+It is built on aio-pika's plain connection. All channels are of the protocol layer under it (aiormq), because that
+can write a message in one step (see `_publish`), runs one task for a delivery where aio-pika runs three, tells when
+the broker cancels a consumer, and leaves nothing behind at its connection: a channel of aio-pika leaves 4 KB, and a
+leader declares something in every round.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from functools import partial
 from typing import Any, SupportsIndex, TypeVar
 
 import aio_pika
-from aio_pika import DeliveryMode, ExchangeType
-from aio_pika.abc import AbstractChannel, AbstractConnection
+from aio_pika import DeliveryMode
+from aio_pika.abc import AbstractConnection
 from aio_pika.exceptions import (
     AMQPConnectionError,
     AMQPError,
@@ -218,6 +220,7 @@ class RabbitTransport:
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._inboxes: set[_Inbox] = set()
         self._publisher: UnderlayChannel | None = None
+        self._spare: list[UnderlayChannel] = []  # of readers that are gone
         self._opening = asyncio.Lock()
         self._underlay = _underlay(connection)
         self._underlay.closing.add_done_callback(self._on_closing)
@@ -227,7 +230,7 @@ class RabbitTransport:
         return self._connection.watch.reason
 
     async def declare(self, *things: Declaration) -> None:
-        async def declare(channel: AbstractChannel) -> None:
+        async def declare(channel: UnderlayChannel) -> None:
             for thing in things:
                 await _declare(channel, thing)
 
@@ -261,7 +264,7 @@ class RabbitTransport:
         return await self._open(_Reader(self, stream, prefetch, offset))
 
     async def delete(self, name: str) -> None:
-        async def delete(channel: AbstractChannel) -> None:
+        async def delete(channel: UnderlayChannel) -> None:
             await channel.queue_delete(name)
 
         await self._request("delete", partial(self._briefly, delete))
@@ -303,6 +306,19 @@ class RabbitTransport:
     def leave(self, inbox: _Inbox) -> None:
         self._inboxes.discard(inbox)
 
+    async def open_channel(self) -> UnderlayChannel:
+        return await self._underlay.channel(publisher_confirms=False)
+
+    async def take_spare(self) -> UnderlayChannel:
+        """A channel on which streams were read before, if there is one."""
+        while self._spare:
+            if not (channel := self._spare.pop()).is_closed:
+                return channel
+        return await self.open_channel()
+
+    def spare(self, channel: UnderlayChannel) -> None:
+        self._spare.append(channel)
+
     def _on_closing(self, closing: asyncio.Future[Any]) -> None:
         error = None if closing.cancelled() else closing.exception()
         self._lose(f"the connection was lost ({_text(error)}): connect again")
@@ -331,14 +347,14 @@ class RabbitTransport:
             return self._publisher
 
     async def _open(self, inbox: _Inbox) -> Inbox:
-        await self._request("read from", partial(inbox.open, self._underlay))
+        await self._request("read from", inbox.open)
         self._inboxes.add(inbox)
         inbox.watch()
         return inbox
 
-    async def _briefly(self, use: Callable[[AbstractChannel], Awaitable[None]]) -> None:
+    async def _briefly(self, use: Callable[[UnderlayChannel], Awaitable[None]]) -> None:
         """Uses a channel that nobody else has."""
-        channel = await self._connection.channel(publisher_confirms=False)
+        channel = await self.open_channel()
         try:
             await use(channel)
         finally:
@@ -370,15 +386,14 @@ class RabbitTransport:
         return (kind or TransportError)(f"{self._name}: cannot {deed} that: {_text(error)}")
 
 
-async def _declare(channel: AbstractChannel, thing: Declaration) -> None:
+async def _declare(channel: UnderlayChannel, thing: Declaration) -> None:
     match thing:
         case Exchange():
-            await channel.declare_exchange(thing.name, ExchangeType.TOPIC, durable=True)
+            await channel.exchange_declare(thing.name, exchange_type="topic", durable=True)
         case Binding():
-            destination = await channel.get_queue(thing.destination, ensure=False)
-            await destination.bind(thing.exchange, thing.pattern)
+            await channel.queue_bind(thing.destination, thing.exchange, thing.pattern)
         case Queue() | Stream():
-            await channel.declare_queue(thing.name, durable=True, arguments=arguments_of(thing))
+            await channel.queue_declare(thing.name, durable=True, arguments=arguments_of(thing))
 
 
 class _Inbox(WaitingInbox):
@@ -392,26 +407,36 @@ class _Inbox(WaitingInbox):
         self._fresh: deque[DeliveredMessage] = deque()
         self._arguments: Arguments = {}
         self._channel: UnderlayChannel
+        self._closing: asyncio.Future[Any]
+        self._tag = ""
 
-    async def open(self, connection: UnderlayConnection) -> None:
-        self._channel = await connection.channel(publisher_confirms=False)
+    async def open(self) -> None:
+        self._channel = await self._take_channel()
         try:
             if self._prefetch:
                 await self._channel.basic_qos(prefetch_count=self._prefetch)
             self._channel.on_consumer_cancel_callbacks.add(self._on_cancel)
-            await self._channel.basic_consume(self._name, self._on_message, arguments=self._arguments)
+            consuming = await self._channel.basic_consume(self._name, self._on_message, arguments=self._arguments)
+            self._tag = consuming.consumer_tag or ""
         except BaseException:
             await self._channel.close()
             raise
 
     def watch(self) -> None:
         """From now on a channel that closes ends this inbox."""
-        self._channel.closing.add_done_callback(self._on_closing)
+        self._closing = self._channel.closing
+        self._closing.add_done_callback(self._on_closing)
 
     async def close(self) -> None:
         await super().close()
         with suppress(TransportError, *REFUSED):
-            await self._transport.call(self._channel.close)
+            await self._transport.call(self._leave_channel)
+
+    async def _take_channel(self) -> UnderlayChannel:
+        return await self._transport.open_channel()
+
+    async def _leave_channel(self) -> None:
+        await self._channel.close()
 
     @property
     def _origin(self) -> str:
@@ -472,6 +497,7 @@ class _Reader(_Inbox):
         super().__init__(transport, name, prefetch)
         self._arguments = {"x-stream-offset": offset}
         self._first = offset if isinstance(offset, int) else 0
+        self._is_stream = False  # as far as we know
         self._owed = 0
         self._acks: set[asyncio.Future[None]] = set()
 
@@ -481,6 +507,7 @@ class _Reader(_Inbox):
             if "x-stream-offset" not in _headers(message):
                 self.leave("it is a queue and cannot be read: consume it")
                 self._check()
+            self._is_stream = True
             self._acknowledge(_tag(message))
             offset = int(_headers(message)["x-stream-offset"])
             if offset >= self._first:  # RabbitMQ begins with a whole chunk
@@ -501,6 +528,20 @@ class _Reader(_Inbox):
         super()._depart()
         for ack in self._acks:
             ack.cancel()
+
+    async def _take_channel(self) -> UnderlayChannel:
+        return await self._transport.take_spare()
+
+    async def _leave_channel(self) -> None:
+        """Once RabbitMQ knows that this reader is gone, and no delivery is open, the next one may have it."""
+        if not self._is_stream:  # what a queue delivered must go back, and so it does
+            return await super()._leave_channel()
+        await self._channel.basic_cancel(self._tag)
+        await self._channel.basic_ack(0, multiple=True)
+        self._channel.on_consumer_cancel_callbacks.discard(self._on_cancel)
+        self._closing.cancel()  # which only ends this watching
+        self._transport.spare(self._channel)
+        return None
 
 
 def _delivery(message: DeliveredMessage, settle: Any, *, offset: int = -1, delivery_count: int = 0) -> Delivery:

@@ -63,17 +63,21 @@ class Fault:
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What is to be struck, and how often. `own_broker`: the broker may be killed. `large`: there are streams of
-    chunks, too."""
+    chunks, too. `run_rounds` 0: as many as the faults need.
+    """
 
     participants: tuple[str, ...]
     faults: int
     own_broker: bool = True
     quorum: bool = False
     large: bool = False
+    run_rounds: int = 0
 
     @property
     def rounds(self) -> int:
-        """Enough for all faults and some undisturbed rounds after them."""
+        """Enough for all faults and some undisturbed rounds after them, unless it is said how many."""
+        if self.run_rounds:
+            return self.run_rounds
         per_fault = QUORUM_ROUNDS_PER_FAULT if self.quorum else ROUNDS_PER_FAULT
         return math.ceil(self.faults * per_fault) + ROUNDS_MORE
 

@@ -30,7 +30,7 @@ from fluffle.chaos.task import LARGE_TASK, TASK, Gate, Pace
 
 STALLED_S = 180.0  # without a closed round: something hangs
 AT_ONCE = 64  # strikes, most of which wait for something
-TRAINS_S, QUORUM_TRAINS_S = 0.1, 1.0  # so that a round is something that can be struck
+TRAINS_S, QUORUM_TRAINS_S = 0.1, 1.0
 AMQP_PORT = 5672
 LONG_S = 3600.0
 IN_CHUNKS = {"inline_bytes": 1024, "chunk_bytes": 16 << 10}
@@ -54,6 +54,12 @@ class Scenario:
     federation: str = "chaos"
     broker: Address | None = None
     stalled_s: float = STALLED_S
+    training_s: float | None = None  # None: long enough for a round to be something that can be struck
+
+    @property
+    def trains_s(self) -> float:
+        usual = QUORUM_TRAINS_S if self.shape.quorum else TRAINS_S
+        return usual if self.training_s is None else self.training_s
 
     @property
     def run(self) -> RunSettings:
@@ -96,8 +102,17 @@ class Outcome:
     seconds: float
 
 
-def perform(scenario: Scenario, plan: Sequence[Fault], directory: Path, on_round: Callable[[int], None]) -> Outcome:
-    """First undisturbed, then through the faults. Raises StateError if the run does not get to its end."""
+def perform(
+    scenario: Scenario,
+    plan: Sequence[Fault],
+    directory: Path,
+    on_round: Callable[[int], None],
+    watch: Callable[[World], None] = lambda _: None,
+) -> Outcome:
+    """First undisturbed, then through the faults. Raises StateError if the run does not get to its end.
+
+    `watch` looks on in a thread of its own; the last rounds wait until it returns.
+    """
     run = scenario.run
     undisturbed = undisturbed_sha256(run, scenario.shape.participants, directory / "undisturbed")
     with (
@@ -107,8 +122,9 @@ def perform(scenario: Scenario, plan: Sequence[Fault], directory: Path, on_round
     ):
         began = time.monotonic()
         _start(scenario, world, (first, last))
+        watching = world.do(watch)
         first.open()
-        strikes = _struck(world, plan, scenario.stalled_s)
+        strikes = _struck(world, plan, watching, scenario.stalled_s)
         last.open()
         models = {name: _model_of(world.process(name), scenario.stalled_s) for name in (LEADER, STANDBY)}
         asyncio.run(world.copies.forget_orders())  # the broker may not be ours
@@ -176,8 +192,7 @@ def _start(scenario: Scenario, world: World, gates: tuple[Gate, Gate]) -> None:
     asyncio.run(world.copies.keep_orders())
     for name in (LEADER, STANDBY):
         federation.aggregator(run, "--set", "http.listen=", name=name).wait_for("standing_by")
-    trains_s = QUORUM_TRAINS_S if scenario.shape.quorum else TRAINS_S
-    pace = Pace(trains_s, str(gates[1].path), run.stop.rounds - HELD_ROUNDS + 1, str(gates[0].path))
+    pace = Pace(scenario.trains_s, str(gates[1].path), run.stop.rounds - HELD_ROUNDS + 1, str(gates[0].path))
     settings = ("heartbeat_s", "patience_s", "inline_bytes", "chunk_bytes")
     options = [word for name in settings for word in ("--set", f"broker.{name}={getattr(run.broker, name)}")]
     for participant in scenario.shape.participants:
@@ -191,8 +206,11 @@ def _start(scenario: Scenario, world: World, gates: tuple[Gate, Gate]) -> None:
 # -- faults, and after them -------------------------------------------------------------------------------------
 
 
-def _struck(world: World, plan: Sequence[Fault], stalled_s: float) -> list[Strike]:
-    """Strikes as the rounds proceed; returns when everything is mended. Raises StateError if nothing goes on."""
+def _struck(world: World, plan: Sequence[Fault], watching: Future[None], stalled_s: float) -> list[Strike]:
+    """Strikes as the rounds proceed; returns when everything is mended and whoever looks on has seen enough.
+
+    Raises StateError if nothing goes on.
+    """
     progress = world.progress
     try:
         strikes: list[Future[Strike]] = []
@@ -200,6 +218,7 @@ def _struck(world: World, plan: Sequence[Fault], stalled_s: float) -> list[Strik
             while progress.closed < fault.after_round:
                 progress.wait_beyond(progress.closed, stalled_s)
             strikes.append(world.do(strike, fault))
+        watching.result()  # which is told as well if nothing goes on
         return [struck.result(stalled_s) for struck in strikes]
     except (StateError, TimeoutError) as error:
         world.federation.fail(str(error) or f"a fault was not mended within {stalled_s:g} s")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -129,6 +131,53 @@ async def test_nothing_overtakes(rabbit: Rabbit, topology: Topology) -> None:
         received = [await inbox.get(10) for _ in bodies]
         assert [d.body for d in received if d] == bodies
     await transport.close()
+
+
+async def test_requests_leave_nothing_behind(rabbit: Rabbit, topology: Topology) -> None:
+    """A leader makes some in every round, at one connection, for weeks."""
+    transport = await rabbit.broker().connect(AGGREGATOR, purpose="requests")
+    await transport.declare(*topology.aggregator_declarations())
+
+    async def in_every_round() -> None:
+        await transport.declare(Queue(topology.rejected, max_length=10_000))
+        await (await transport.read(topology.updates, offset="next", prefetch=1)).close()
+        await (await transport.consume(topology.rejected)).close()
+        await transport.publish("", topology.updates, b"hello")
+
+    held: list[int] = []
+    for _ in range(3):
+        for _ in range(30):
+            await in_every_round()
+        gc.collect()
+        held.append(sum(type(thing).__name__ not in ("TimerHandle", "Context") for thing in gc.get_objects()))
+    await transport.close()
+    assert held[2] - held[1] < 30, "less than one for each round; timers that are not needed end with their time"
+
+
+async def test_readers_of_streams_take_turns_on_one_channel(rabbit: Rabbit, topology: Topology) -> None:
+    """RabbitMQ 3.10.8 keeps something for every channel that ever read a stream, until it is started again."""
+    if rabbit.node is None:
+        pytest.skip("a broker of our own tells what it keeps")
+    kept = partial(asyncio.to_thread, rabbit.node.evaluate, "maps:size(seshat:overview(osiris)).")
+    transport = await rabbit.broker().connect(AGGREGATOR, purpose="readers")
+    await transport.declare(*topology.aggregator_declarations())
+    for number in range(100):
+        await transport.publish("", topology.updates, b"%d" % number)
+
+    async def read_one(offset: int) -> bytes:
+        inbox = await transport.read(topology.updates, offset=offset)
+        delivery = await inbox.get(5.0)
+        await inbox.close()
+        assert delivery
+        return delivery.body
+
+    assert await read_one(0) == b"0"
+    before = await kept()
+    assert [await read_one(number) for number in range(100)] == [b"%d" % number for number in range(100)]
+    together = await asyncio.gather(read_one(7), read_one(8))
+    assert (together, await read_one(9)) == ([b"7", b"8"], b"9")
+    await transport.close()
+    assert int(await kept()) <= int(before) + 1
 
 
 async def test_closing_ends_although_nothing_passes(rabbit: Rabbit, topology: Topology) -> None:
