@@ -126,13 +126,13 @@ class Node:
         return done.stdout.strip()
 
     def copy_streams(self, names: Sequence[str]) -> Path:
-        """The files of these streams, all of the same moment: it stands still meanwhile. A name may be of none."""
+        """The files of these streams, all of the same moment: it stands still meanwhile. Raises StateError if one
+        is not there."""
         copies = Path(tempfile.mkdtemp(prefix="streams-", dir=self.directory))
         os.killpg(self.running[-1].pid, signal.SIGSTOP)
         try:
-            for name in names:
-                for found in self._stream_files(name):
-                    shutil.copytree(found, copies / found.name)
+            for found in map(self._stream_files, names):
+                shutil.copytree(found, copies / found.name)
         finally:
             os.killpg(self.running[-1].pid, signal.SIGCONT)
         return copies
@@ -145,9 +145,12 @@ class Node:
             copy.rename(found)
         copies.rmdir()
 
-    def _stream_files(self, name: str) -> list[Path]:
+    def _stream_files(self, name: str) -> Path:
         """RabbitMQ names a directory after virtual host, stream and the time when that was declared."""
-        return list(self.directory.glob(f"mnesia/*/stream/__{re.sub(r'[^a-z0-9]', '_', name)}_[0-9]*"))
+        found = list(self.directory.glob(f"mnesia/*/stream/__{re.sub(r'[^a-z0-9-]', '_', name)}_[0-9]*"))
+        if len(found) != 1:
+            raise StateError(f"{self.directory} has {len(found)} directories of stream {name}, not one")
+        return found[0]
 
     def kill(self) -> None:
         """kill -9: no farewell to anybody, nothing flushed."""

@@ -14,6 +14,7 @@ from fluffle.chaos.progress import Closing
 from fluffle.chaos.scenario import Outcome, Scenario
 from fluffle.chaos.strikes import Strike
 
+DETAILS = ("kb_per_s", "clock_off_s", "repeats", "stream", "loses_s")  # of some kinds of fault
 LIBRARIES = ("fluffle", "aio-pika", "aiormq", "numpy")
 
 
@@ -88,6 +89,7 @@ def _line(strike: Strike, recovered_s: float | None, since: float) -> dict[str, 
         "at_s": round(strike.struck - since, 2),
         "lasted_s": round(strike.mended - strike.struck, 2),
         "recovery_s": None if recovered_s is None else round(recovered_s, 2),
+        **{name: value for name in DETAILS if (value := getattr(strike.fault, name))},
     }
 
 
