@@ -105,10 +105,6 @@ def disk_mb(*paths: Path) -> float:
     return round(sum(_allocated(file) for path in paths for file in _files(path)) / MIB, 3)
 
 
-def file_count(*paths: Path) -> int:
-    return sum(1 for path in paths for _ in _files(path))
-
-
 def streams_mb(node: Node) -> dict[str, float]:
     """The disk usage of each stream of a broker, by its name with `_` for `.`."""
     folders = [path for path in node.directory.glob("mnesia/*/stream/*") if path.is_dir()]

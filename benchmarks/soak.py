@@ -15,6 +15,7 @@ The exit code is 0 if nothing grew, the ledger balances and the model is the und
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -254,6 +255,7 @@ def soak(plan: Plan, directory: Path, on_round: Callable[[int], None] = lambda _
 def main(rounds: int, faults: int, seed: int, phases: int, out: Path) -> None:
     """Goes through it, prints what came of it, and writes everything as JSON."""
     configure_logs("warning" if sys.stderr.isatty() else "info")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever ends this ends what it started
     with (
         tempfile.TemporaryDirectory(prefix="fluffle-soak-") as directory,
         progress_bar("rounds", rounds) as advance,

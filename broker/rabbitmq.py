@@ -2,8 +2,9 @@
 
 RabbitMQ closes a channel on every refusal. So each request has a channel of its own, each consumer keeps one,
 and the publishing one is opened again after an error: a refusal costs whoever caused it, never the connection.
-Readers of streams leave theirs to the next one: RabbitMQ before 3.10.11 never forgets a channel that read a stream
-(5 KB each, https://github.com/rabbitmq/rabbitmq-server/pull/6325).
+Readers of streams leave theirs to the next one, for RabbitMQ 3.10.8 never forgets a channel that read a stream
+(5 KB each; mended in November 2022, https://github.com/rabbitmq/rabbitmq-server/pull/6325). They do so a hundred
+times: if a segment is dropped just when a reader begins, its index stays open until the channel is closed.
 
 It is built on aio-pika's plain connection. All channels are of the protocol layer under it (aiormq), because that
 can write a message in one step (see `_publish`), runs one task for a delivery where aio-pika runs three, tells when
@@ -59,6 +60,7 @@ from broker.transport import Binding, Declaration, Delivery, Exchange, Inbox, Qu
 
 OLDEST_VERSION = (3, 10)  # the first whose streams and quorum queues do what is asked of them here
 CLOSE_S = 5.0  # for the farewell; after that the broker finds out by itself
+READERS_OF_A_CHANNEL = 100  # one after the other
 RETRY_S = 0.5  # between attempts to reach a queue that a restarted broker has not found yet
 
 REFUSED = (AMQPError, ChannelInvalidStateError, TimeoutError)  # what a request that failed raises, if not lost
@@ -220,7 +222,7 @@ class RabbitTransport:
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._inboxes: set[_Inbox] = set()
         self._publisher: UnderlayChannel | None = None
-        self._spare: list[UnderlayChannel] = []  # of readers that are gone
+        self._spare: list[_Shared] = []  # of readers that are gone
         self._opening = asyncio.Lock()
         self._underlay = _underlay(connection)
         self._underlay.closing.add_done_callback(self._on_closing)
@@ -309,15 +311,19 @@ class RabbitTransport:
     async def open_channel(self) -> UnderlayChannel:
         return await self._underlay.channel(publisher_confirms=False)
 
-    async def take_spare(self) -> UnderlayChannel:
+    async def take_spare(self) -> _Shared:
         """A channel on which streams were read before, if there is one."""
         while self._spare:
-            if not (channel := self._spare.pop()).is_closed:
-                return channel
-        return await self.open_channel()
+            if not (shared := self._spare.pop()).channel.is_closed:
+                return shared
+        return _Shared(await self.open_channel())
 
-    def spare(self, channel: UnderlayChannel) -> None:
-        self._spare.append(channel)
+    async def leave_spare(self, shared: _Shared) -> None:
+        shared.readers += 1
+        if shared.readers < READERS_OF_A_CHANNEL:
+            self._spare.append(shared)
+        else:
+            await shared.channel.close()
 
     def _on_closing(self, closing: asyncio.Future[Any]) -> None:
         error = None if closing.cancelled() else closing.exception()
@@ -490,6 +496,14 @@ class _Consumer(_Inbox):
             raise ConnectionLost(f"cannot settle a delivery from {self._origin}: {_text(error)}") from error
 
 
+@dataclass(slots=True, eq=False)
+class _Shared:
+    """A channel that one reader of a stream leaves to the next."""
+
+    channel: UnderlayChannel
+    readers: int = 0  # that are gone
+
+
 class _Reader(_Inbox):
     """An inbox on a stream. What was taken is acked in batches: that only asks RabbitMQ for more."""
 
@@ -497,6 +511,7 @@ class _Reader(_Inbox):
         super().__init__(transport, name, prefetch)
         self._arguments = {"x-stream-offset": offset}
         self._first = offset if isinstance(offset, int) else 0
+        self._shared: _Shared
         self._is_stream = False  # as far as we know
         self._owed = 0
         self._acks: set[asyncio.Future[None]] = set()
@@ -530,7 +545,8 @@ class _Reader(_Inbox):
             ack.cancel()
 
     async def _take_channel(self) -> UnderlayChannel:
-        return await self._transport.take_spare()
+        self._shared = await self._transport.take_spare()
+        return self._shared.channel
 
     async def _leave_channel(self) -> None:
         """Once RabbitMQ knows that this reader is gone, and no delivery is open, the next one may have it."""
@@ -540,8 +556,7 @@ class _Reader(_Inbox):
         await self._channel.basic_ack(0, multiple=True)
         self._channel.on_consumer_cancel_callbacks.discard(self._on_cancel)
         self._closing.cancel()  # which only ends this watching
-        self._transport.spare(self._channel)
-        return None
+        return await self._transport.leave_spare(self._shared)
 
 
 def _delivery(message: DeliveredMessage, settle: Any, *, offset: int = -1, delivery_count: int = 0) -> Delivery:
