@@ -40,6 +40,7 @@ from fluffle.chaos.clock.sitecustomize import OFF_S
 from fluffle.chaos.task import TASK, Pace
 from fluffle.config import BrokerSection, Config, DataSection, RunSection, TrainSection
 from fluffle.layers import to_toml
+from fluffle.participate import participants
 
 ROOT = Path(__file__).parents[2]
 CLOCK = Path(__file__).parent / "clock"
@@ -263,7 +264,7 @@ class Deployment:
         return self.start(process)
 
     def worker(self, participant: str, *options: str, pace: Pace | None = None, task: str = TASK) -> Process:
-        """Starts one; `task` "" leaves it to the run."""
+        """Starts one, or one for several participants (`p01..p03`); `task` "" leaves it to the run."""
         own = ("--task", task, "--data", (pace or Pace()).as_data) if task else ()
         name = ("--participant", participant, "--federation", self.topology.federation)
         arguments = ("worker", *name, *self._broker(participant, participant), *own, *options)
@@ -346,10 +347,10 @@ class Deployment:
         return to_toml(config)
 
     def _broker(self, user: str, process: str) -> tuple[str, ...]:
-        """The address without a user, and a file with that user's password alone."""
+        """The address without a user, and a file with the passwords of that user, or of those users, alone."""
         secrets = self.directory / f"{user}.secrets.toml"
         secrets.touch(mode=0o600)
-        secrets.write_text(f"{user} = {json.dumps(self.password(user))}\n")
+        secrets.write_text("".join(f"{one} = {json.dumps(self.password(one))}\n" for one in participants(user)))
         port = self.ports.get(process)
         url = self.url if port is None else self.url.with_host("127.0.0.1").with_port(port)
         return ("--broker", str(url).rstrip("/"), "--secrets", str(secrets), "--log-format", "json")
