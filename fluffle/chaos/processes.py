@@ -114,9 +114,15 @@ class Process:
     """One command, as often as it is started. Its log is that of the newest start."""
 
     def __init__(
-        self, name: str, arguments: Sequence[str], among: Deployment, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        arguments: Sequence[str],
+        among: Deployment,
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = FLUFFLE,
     ) -> None:
         self.name = name
+        self.program = program
         self.arguments = arguments
         self.environment = environment or {}
         self.clock_off_s = 0  # of the next start: how much later than now its wall clock says it is
@@ -150,7 +156,7 @@ class Process:
     def start(self) -> Process:
         self.killed = False
         self._popen = subprocess.Popen(  # noqa: S603 - our own words
-            (*FLUFFLE, *self.arguments),
+            (*self.program, *self.arguments),
             cwd=self._among.directory,
             env={**self._among.environment, **self.environment, **wrong_clock(self.clock_off_s)},
             stdin=subprocess.DEVNULL,
