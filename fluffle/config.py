@@ -154,7 +154,10 @@ class ProcessSection(Part):
 class SiteSection(Part):
     """Where a worker works. The aggregator and simulations do not look at it."""
 
-    participant: Annotated[str, Field(description="the participant that the worker serves")] = ""
+    participant: Annotated[
+        str,
+        Field(description="the participant that the worker serves; several share the process: p01,p07 or p01..p10"),
+    ] = ""
     data: Annotated[
         str,
         Field(
@@ -163,7 +166,11 @@ class SiteSection(Part):
         ),
     ] = ""
     journal: Annotated[
-        str, Field(description="directory of this worker alone; empty: journals/FEDERATION/PARTICIPANT")
+        str,
+        Field(
+            description="directory of this worker alone, or with one for each of several; empty: "
+            "journals/FEDERATION/PARTICIPANT"
+        ),
     ] = ""
     threads: Annotated[
         int,

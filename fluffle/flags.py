@@ -38,7 +38,9 @@ AGGREGATOR_FLAGS = (
     RUN_DIR,
 )
 SITE_FLAGS = (
-    Flag("--participant", "site.participant", "NAME", "The participant that the worker serves."),
+    Flag(
+        "--participant", "site.participant", "NAME", "The participant that the worker serves, or several: p01..p10."
+    ),
     *BROKER_FLAGS,
     Flag("--federation", "broker.federation", "NAME", "Name space on the broker."),
     Flag("--task", "task", "TASK", "The learning task here.  [default: the shipped one that the run names]"),

@@ -62,21 +62,21 @@ def aggregator(asked: Asked, abandon: str, from_checkpoint: bool, fresh: bool, j
 @click.option("--once", is_flag=True, help="Stop when a run that it saw is over, instead of waiting for the next.")
 @click.option("--child", is_flag=True, help="Stop when standard input ends: for programs that start workers.")
 def worker(asked: Asked, once: bool, child: bool) -> None:  # noqa: FBT001 - flags
-    """Train for one participant whenever the federation asks for it.
+    """Train for a participant, or for several, whenever the federation asks for it.
 
     Learns the run's task on this participant's share of its data, unless --task and --data name others. Waits for a
     broker that is not there, and remembers in its journal what it must not do twice.
     """
     from fluffle.brokers import rabbit_broker
-    from fluffle.participate import Until, check_site, make_worker, opened_journal, participate
+    from fluffle.participate import Until, check_site, make_workers, opened_journals, participate
 
     asked.configure_logs()
     config = asked.site_config()
-    assignment = check_site(config)
+    assignments = check_site(config)
     broker = rabbit_broker(config.broker)
-    with opened_journal(config) as journal:
-        worker = make_worker(config, assignment, journal, broker)
-        asyncio.run(participate(config, worker, Until(once, child)))
+    with opened_journals(config) as journals:
+        workers = make_workers(config, assignments, journals, broker)
+        asyncio.run(participate(config, workers, Until(once, child)))
 
 
 @click.command()

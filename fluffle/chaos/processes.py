@@ -40,6 +40,7 @@ from fluffle.chaos.clock.sitecustomize import OFF_S
 from fluffle.chaos.task import TASK, Pace
 from fluffle.config import BrokerSection, Config, DataSection, RunSection, TrainSection
 from fluffle.layers import to_toml
+from fluffle.participate import participants
 
 ROOT = Path(__file__).parents[2]
 CLOCK = Path(__file__).parent / "clock"
@@ -113,9 +114,15 @@ class Process:
     """One command, as often as it is started. Its log is that of the newest start."""
 
     def __init__(
-        self, name: str, arguments: Sequence[str], among: Deployment, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        arguments: Sequence[str],
+        among: Deployment,
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = FLUFFLE,
     ) -> None:
         self.name = name
+        self.program = program
         self.arguments = arguments
         self.environment = environment or {}
         self.clock_off_s = 0  # of the next start: how much later than now its wall clock says it is
@@ -149,7 +156,7 @@ class Process:
     def start(self) -> Process:
         self.killed = False
         self._popen = subprocess.Popen(  # noqa: S603 - our own words
-            (*FLUFFLE, *self.arguments),
+            (*self.program, *self.arguments),
             cwd=self._among.directory,
             env={**self._among.environment, **self.environment, **wrong_clock(self.clock_off_s)},
             stdin=subprocess.DEVNULL,
@@ -263,7 +270,7 @@ class Deployment:
         return self.start(process)
 
     def worker(self, participant: str, *options: str, pace: Pace | None = None, task: str = TASK) -> Process:
-        """Starts one; `task` "" leaves it to the run."""
+        """Starts one, or one for several participants (`p01..p03`); `task` "" leaves it to the run."""
         own = ("--task", task, "--data", (pace or Pace()).as_data) if task else ()
         name = ("--participant", participant, "--federation", self.topology.federation)
         arguments = ("worker", *name, *self._broker(participant, participant), *own, *options)
@@ -346,10 +353,10 @@ class Deployment:
         return to_toml(config)
 
     def _broker(self, user: str, process: str) -> tuple[str, ...]:
-        """The address without a user, and a file with that user's password alone."""
+        """The address without a user, and a file with the passwords of that user, or of those users, alone."""
         secrets = self.directory / f"{user}.secrets.toml"
         secrets.touch(mode=0o600)
-        secrets.write_text(f"{user} = {json.dumps(self.password(user))}\n")
+        secrets.write_text("".join(f"{one} = {json.dumps(self.password(one))}\n" for one in participants(user)))
         port = self.ports.get(process)
         url = self.url if port is None else self.url.with_host("127.0.0.1").with_port(port)
         return ("--broker", str(url).rstrip("/"), "--secrets", str(secrets), "--log-format", "json")

@@ -7,7 +7,6 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -151,7 +150,7 @@ async def test_a_worker_tells_what_it_does_and_what_it_waits_for(tmp_path: Path)
     broker = MemoryBroker(Topology("default").access)
     federation = Federation(broker, tmp_path, names(2))
     worker = federation.worker("p01")
-    async with serve(ANY, participate.pages_of(lambda: worker.status(time.time()))) as endpoint:
+    async with serve(ANY, participate.pages_of([worker])) as endpoint:
         url = await listening(endpoint)
         code, words = await get(f"{url}/readyz")
         assert (code, words) == (503, "idle: waits for the broker: it is being connected to\n")

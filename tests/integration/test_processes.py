@@ -25,6 +25,7 @@ from fluffle import Result, simulate
 from fluffle.chaos.node import PROGRAMS, Node
 from fluffle.chaos.processes import ROOT, Deployment, Process
 from fluffle.chaos.task import Gate, Pace, make
+from fluffle.participate import CrowdStatus
 from tests.federation import Federation, names, settings
 from tests.processes import Containing, deployment
 from tests.rabbit_node import Rabbit
@@ -355,3 +356,21 @@ def test_a_worker_tells_over_http_what_it_does(federation: Deployment) -> None:
         told = WorkerStatus.model_validate_json(status.read())
     assert (told.participant, told.connected, told.phase) == ("p01", True, "idle")
     assert worker.stop() == 0
+
+
+def test_one_process_serves_several_participants(federation: Deployment) -> None:
+    run = settings(4, rounds=3, broker=WAITS)
+    federation.set_up()
+    several = federation.worker("p01..p03", "--once", "--http", "127.0.0.1:0")
+    url = f"http://127.0.0.1:{several.wait_for('http_listening').fields['port']}"
+    federation.worker("p04", "--once")
+    leader = federation.aggregator(run)
+    several.wait_for("update_sent", participant="p03")
+    with urlopen(f"{url}/status", timeout=10) as status:
+        told = CrowdStatus.model_validate_json(status.read())
+    assert [one.participant for one in told.workers] == ["p01", "p02", "p03"]
+    assert leader.result()["updates"]["accepted"] == 12
+    assert several.exit_code() == 0
+    assert set(federation.counted(run).values()) == {1}
+    journals = federation.directory / "journals" / federation.topology.federation
+    assert sorted(path.name for path in journals.iterdir()) == ["p01", "p02", "p03", "p04"]

@@ -136,7 +136,7 @@ async def test_both_commands_are_watched(limits: list[float], tmp_path: Path) ->
     layer = {"task": "digits", "process.watchdog_s": 7.5, "http.listen": "", "run.dir": str(tmp_path)}
     config = load_config(from_values(layer))
     federation = Federation(MemoryBroker(Topology("default").access), tmp_path, names(1))
-    worker = asyncio.create_task(participate.participate(config, federation.worker("p01"), Until(over=True)))
+    worker = asyncio.create_task(participate.participate(config, [federation.worker("p01")], Until(over=True)))
     record = await serve.serve(config, federation.job(settings(1, rounds=1)), federation.broker, LogDisplay())
     await worker
     assert record.finished
