@@ -95,6 +95,7 @@ class Announcer:
             data=self._settings.data,
             settings=self._settings.train,
             wants=self._wants,
+            codecs=self._settings.codec.allowed,
             seed=self._settings.seed,
             deadline_s=max(0.0, opened.deadline - now) if opened else 0.0,
             late_counts=self._settings.round.late == "fold",

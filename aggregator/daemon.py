@@ -145,7 +145,7 @@ class Term:
         self.strategy = make_strategy(settings.strategy, settings.round)
         self.models = Models(lead.reader, lead.writer, topology, archive, settings.broker)
         scratch = archive.checkpoints.directory
-        self.intake = Intake(lead.reader, lead.writer, topology, settings.broker, scratch)
+        self.intake = Intake(lead.reader, lead.writer, topology, settings, scratch)
         self.announcer = Announcer(lead, topology, settings, self.strategy.wants)
         self.registry = Registry((), 0.0, settings.broker.liveness_s)
         self.quotas = Quotas(settings.broker.quota_per_s)

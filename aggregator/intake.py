@@ -11,20 +11,20 @@ from pathlib import Path
 
 import structlog
 
-from aggregator.settings import BrokerSettings
+from aggregator.settings import RunSettings
+from broker import codecs
+from broker.codecs import NONE, SPARE_BYTES
 from broker.errors import BadMessage, ConnectionLost, StateError, TransportError
 from broker.messages import Barrier, FromParticipant, Message, UpdateReady, Where
 from broker.offload import off_loop
 from broker.payloads import MIN_CHUNK_BYTES, Assembly, collect, verify
 from broker.retry import publish
-from broker.tensors import Arrays, Buffer, check_like, decode
+from broker.tensors import Arrays, Buffer
 from broker.topology import Topology
 from broker.transport import Delivery, Transport
 from broker.wire import encode
 
 log = structlog.get_logger(__name__)
-
-SPARE_BYTES = 1 << 20  # a manifest may be written differently from ours
 
 
 def check_sender(message: Message, delivery: Delivery) -> FromParticipant:
@@ -43,12 +43,13 @@ class Intake:
     """Fetches an update's arrays, from behind its header or from its participant's outbox."""
 
     def __init__(
-        self, reader: Transport, writer: Transport, topology: Topology, settings: BrokerSettings, scratch: Path
+        self, reader: Transport, writer: Transport, topology: Topology, settings: RunSettings, scratch: Path
     ) -> None:
         self._reader = reader
         self._writer = writer
         self._topology = topology
-        self._settings = settings
+        self._settings = settings.broker
+        self._codecs = settings.codec.allowed
         self._scratch = scratch
         self._read_to: dict[str, int] = {}
         self._forgotten: set[str] = set()
@@ -76,18 +77,21 @@ class Intake:
             self._forgotten.add(participant)
 
     async def arrays(self, update: UpdateReady, payload: memoryview, like: Arrays, most_bytes: int) -> Arrays:
-        """The update's arrays: whole, genuine, and shaped like the model. Raises BadMessage."""
+        """The update's arrays: whole, genuine, decoded, and shaped like the model. Raises BadMessage."""
         if update.body is None:
             raise BadMessage("the update has no body")
+        if update.codec not in (NONE, *self._codecs):
+            raise BadMessage(
+                f"codec {update.codec!r} is none that this run allows: {', '.join((NONE, *self._codecs))}"
+            )
         if update.body.size_bytes > most_bytes + SPARE_BYTES:
             raise BadMessage(f"body of {update.body.size_bytes} bytes is above the model's {most_bytes}")
         blob = (
             payload if update.body.where == "inline" else await self._from_outbox(update.participant, update.body)
         )
         await verify(blob, update.body)
-        arrays = await off_loop(0, decode, blob)
-        check_like(arrays, like)
-        return arrays
+        size_bytes = 0 if update.codec == NONE else most_bytes  # without a codec they are views
+        return await off_loop(size_bytes, codecs.packing(update.codec).unpack, blob, like)
 
     async def _from_outbox(self, participant: str, where: Where) -> Buffer:
         """All chunks were confirmed before the update was announced, so a barrier ends the search for them."""

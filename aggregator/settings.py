@@ -5,8 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from broker.codecs import NONE, packing
+from broker.errors import ConfigError
 from broker.messages import Federation, Part, RunId, Settings, Word
 from broker.payloads import MIN_CHUNK_BYTES
 
@@ -105,6 +107,33 @@ class StrategySettings(Part):
     server_lr: Annotated[float, Field(gt=0, description="step size at the aggregator")] = 1.0
 
 
+class CodecSettings(Part):
+    """How arrays are made smaller before they travel. Both sides always know `none`."""
+
+    up: Annotated[
+        Word,
+        Field(
+            description="how updates are encoded: `none`, `fp16`, `bf16`, `int8`, `qsgd:LEVELS`, `topk:RATIO`, "
+            "`sign` or `powersgd:RANK`, each also with `+zstd`; of several a worker takes the first that it knows"
+        ),
+    ] = NONE
+
+    @field_validator("up")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        try:
+            for name in value.split(","):
+                packing(name)
+        except ConfigError as unknown:
+            raise ValueError(str(unknown)) from None
+        return value
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The codecs that updates may use besides none."""
+        return tuple(name for name in self.up.split(",") if name != NONE)
+
+
 class BrokerSettings(Part):
     """Waits and sizes on the way to the broker and through it."""
 
@@ -137,4 +166,5 @@ class RunSettings(Part):
     stop: StopSettings = StopSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     strategy: StrategySettings = StrategySettings()
+    codec: CodecSettings = CodecSettings()
     broker: BrokerSettings = BrokerSettings()

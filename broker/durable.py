@@ -22,8 +22,18 @@ def replace_file(path: Path, content: Buffer, beside: Path) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def rename_file(path: Path, to: Path) -> None:
+    """Gives `path` another name in the same directory, and syncs the directory. Raises OSError."""
+    path.replace(to)
+    _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    opened = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(opened)
     finally:
-        os.close(directory)
+        os.close(opened)

@@ -23,6 +23,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Text = Annotated[str, StringConstraints(max_length=2000)]
 Word = Annotated[str, StringConstraints(max_length=200)]
+Codecs = Annotated[tuple[Word, ...], Field(max_length=16)]
 Metrics = Annotated[dict[Annotated[str, StringConstraints(max_length=64)], float], Field(max_length=64)]
 Scalar = bool | int | float | Annotated[str, StringConstraints(max_length=1000)]
 Settings = Annotated[dict[Annotated[str, StringConstraints(max_length=64)], Scalar], Field(max_length=256)]
@@ -91,7 +92,8 @@ class Leave(FromParticipant):
 
 
 class UpdateReady(FromParticipant):
-    """The answer to a task: arrays (inline or in the outbox), or only metrics for `evaluate`."""
+    """The answer to a task: arrays (inline or in the outbox, as `codec` encodes them), or only metrics for
+    `evaluate`."""
 
     kind: ClassVar[str] = "update"
     run_id: RunId
@@ -102,6 +104,7 @@ class UpdateReady(FromParticipant):
     num_examples: Annotated[int, Field(ge=1, le=MAX_COUNT)]
     metrics: Metrics = {}
     seconds: Annotated[float, Field(ge=0)] = 0.0
+    codec: Word = "none"
     body: Where | None = None
 
 
@@ -135,6 +138,7 @@ class TrainRound(Message):
     data: Settings = {}
     settings: Settings = {}
     wants: Literal["delta", "gradient"] = "delta"
+    codecs: Codecs = ()  # that an update may use besides none, the most faithful first
     seed: Count = 0  # the run's
     deadline_s: Annotated[float, Field(ge=0)] = 0.0  # seconds left when this was sent
     late_counts: bool = False

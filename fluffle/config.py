@@ -32,6 +32,7 @@ from pydantic.fields import FieldInfo
 
 from aggregator.settings import (
     BrokerSettings,
+    CodecSettings,
     EvaluationSettings,
     RoundSettings,
     RunSettings,
@@ -215,6 +216,7 @@ class Config(Part):
     stop: StopSettings = StopSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     strategy: StrategySettings = StrategySettings()
+    codec: CodecSettings = CodecSettings()
     train: TrainSection = TrainSection()
     site: SiteSection = SiteSection()
 
@@ -244,6 +246,7 @@ class Config(Part):
             stop=self.stop,
             evaluation=self.evaluation,
             strategy=self.strategy,
+            codec=self.codec,
             broker=BrokerSettings(**self.broker.model_dump(include=set(BrokerSettings.model_fields))),
         )
 

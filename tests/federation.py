@@ -11,7 +11,14 @@ from pathlib import Path
 from aggregator.daemon import Aggregator
 from aggregator.history import History, RoundReport
 from aggregator.job import Job, Surroundings
-from aggregator.settings import BrokerSettings, EvaluationSettings, RoundSettings, RunSettings, StopSettings
+from aggregator.settings import (
+    BrokerSettings,
+    CodecSettings,
+    EvaluationSettings,
+    RoundSettings,
+    RunSettings,
+    StopSettings,
+)
 from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
 from broker.topology import Topology
@@ -36,6 +43,7 @@ def settings(
         round=RoundSettings(participants=participants, **{"deadline_s": 30.0, **sections.get("round", {})}),
         stop=StopSettings(rounds=rounds, **sections.get("stop", {})),
         evaluation=EvaluationSettings(**{"mode": "none", **sections.get("evaluation", {})}),
+        codec=CodecSettings(**sections.get("codec", {})),
         broker=BrokerSettings(**{"patience_s": 5.0, **sections.get("broker", {})}),
     )
 

@@ -1,6 +1,7 @@
 """What a worker must not forget: the newest order, and a finished update until its fate is known.
 
-How far the update's upload has come is noted beside it: a lost note only means to send more again.
+How far the update's upload has come is noted beside it: a lost note only means to send more again. So is what its
+codec owes to the next one: that is in force only once this one was counted.
 
 The run never depends on it: a worker that lost its journal is sent its task again.
 """
@@ -11,18 +12,19 @@ import asyncio
 import hashlib
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import structlog
 
-from broker.durable import replace_file
+from broker.durable import rename_file, replace_file
 from broker.errors import BadMessage, StateError
 from broker.messages import Message, TrainRound, UpdateReady
 from broker.tensors import Buffer
 from broker.wire import decode, encode
+from workers.residual import Residual
 
 log = structlog.get_logger(__name__)
 
@@ -55,13 +57,20 @@ class Journal(Protocol):
 
     async def save_order(self, frame: bytes) -> None: ...
 
-    async def save_held(self, held: Held) -> None: ...
+    async def save_held(self, held: Held, owes: Residual | None = None) -> None:
+        """`owes`: the residual that will be in force if this update is counted; None: the one that is stays."""
 
     async def note_upload(self, held: Held) -> None:
         """Notes that the held update is on its way, and how far; or, once it is sent or none is confirmed, that
         there is nothing to go on with."""
 
-    async def drop_held(self) -> None: ...
+    async def settle_held(self, *, counted: bool) -> None:
+        """Forgets the update. What it owes is in force from now on if it was counted, and forgotten if not."""
+
+    async def residual(self) -> Residual | None:
+        """The residual that is in force: of the last update that was counted."""
+
+    async def drop_residual(self) -> None: ...
 
 
 class MemoryJournal:
@@ -69,6 +78,8 @@ class MemoryJournal:
 
     def __init__(self) -> None:
         self._remembered = Remembered()
+        self._owed: Residual | None = None
+        self._next: Residual | None = None
 
     async def load(self) -> Remembered:
         return self._remembered
@@ -76,14 +87,22 @@ class MemoryJournal:
     async def save_order(self, frame: bytes) -> None:
         self._remembered = Remembered(frame, self._remembered.held)
 
-    async def save_held(self, held: Held) -> None:
-        self._remembered = Remembered(self._remembered.order, held)
+    async def save_held(self, held: Held, owes: Residual | None = None) -> None:
+        self._remembered, self._next = Remembered(self._remembered.order, held), owes
 
     async def note_upload(self, held: Held) -> None:
         """It remembers the update as the object that it is, and that knows."""
 
-    async def drop_held(self) -> None:
-        self._remembered = Remembered(self._remembered.order)
+    async def settle_held(self, *, counted: bool) -> None:
+        if counted and self._next is not None:
+            self._owed = self._next
+        self._remembered, self._next = Remembered(self._remembered.order), None
+
+    async def residual(self) -> Residual | None:
+        return self._owed
+
+    async def drop_residual(self) -> None:
+        self._owed = None
 
 
 class FileJournal:
@@ -94,6 +113,8 @@ class FileJournal:
         self._update = directory / "update.frame"
         self._body = directory / "update.safetensors"
         self._upload = directory / "upload.note"
+        self._owed = directory / "residual.owed"
+        self._next = directory / "residual.next"  # of the held update
 
     async def load(self) -> Remembered:
         return await asyncio.to_thread(self._load)
@@ -101,14 +122,20 @@ class FileJournal:
     async def save_order(self, frame: bytes) -> None:
         await asyncio.to_thread(_replace, self._order, frame)
 
-    async def save_held(self, held: Held) -> None:
-        await asyncio.to_thread(self._save_held, held)
+    async def save_held(self, held: Held, owes: Residual | None = None) -> None:
+        await asyncio.to_thread(self._save_held, held, owes)
 
     async def note_upload(self, held: Held) -> None:
         await asyncio.to_thread(self._note_upload, held)
 
-    async def drop_held(self) -> None:
-        await asyncio.to_thread(self._drop_held)
+    async def settle_held(self, *, counted: bool) -> None:
+        await asyncio.to_thread(self._settle_held, counted)
+
+    async def residual(self) -> Residual | None:
+        return await asyncio.to_thread(self._residual)
+
+    async def drop_residual(self) -> None:
+        await asyncio.to_thread(_remove, self._owed)
 
     def _note_upload(self, held: Held) -> None:
         if held.confirmed and not held.sent:
@@ -120,10 +147,28 @@ class FileJournal:
         _remove(self._upload)  # never a note about another update's chunks
         _remove(self._update)
 
-    def _save_held(self, held: Held) -> None:
-        self._drop_held()  # never a header that names another update's body
+    def _save_held(self, held: Held, owes: Residual | None) -> None:
+        self._drop_held()  # never a header that names another update's body, or stands beside another's residual
         _replace(self._body, held.blob)
+        if owes is None:
+            _remove(self._next)
+        else:
+            _replace(self._next, owes.to_bytes())
         _replace(self._update, encode(held.update))
+
+    def _settle_held(self, counted: bool) -> None:  # noqa: FBT001
+        if counted:  # first: whoever is killed now is told again that it was counted
+            _rename(self._next, self._owed)
+        self._drop_held()
+        _remove(self._next)
+
+    def _residual(self) -> Residual | None:
+        content = _read(self._owed)
+        try:
+            return None if content is None else Residual.from_bytes(content)
+        except BadMessage as bad:
+            _set_aside(self._owed, bad.reason)
+            return None
 
     def _load(self) -> Remembered:
         order = _frame(self._order, TrainRound)
@@ -189,6 +234,12 @@ def _set_aside(path: Path, why: str) -> None:
 def _remove(path: Path) -> None:
     with _writing(path):
         path.unlink(missing_ok=True)
+
+
+def _rename(path: Path, to: Path) -> None:
+    """Unless there is none."""
+    with _writing(path), suppress(FileNotFoundError):
+        rename_file(path, to)
 
 
 def _replace(path: Path, content: Buffer) -> None:

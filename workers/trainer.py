@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from broker import tensors
+from broker import codecs, tensors
 from broker.errors import BadMessage, TaskError
 from broker.messages import TrainRound, UpdateReady
 from broker.payloads import describe
 from workers.journal import Held
+from workers.residual import Residual
 from workers.task import Arrays, LearningTask, TrainConfig, train_seed
+
+CODEC_DRAWS = 1  # tells a codec's random numbers from those of training
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +28,35 @@ class Sizes:
     chunk_bytes: int = 1 << 20
 
 
-def carry_out(
-    task: LearningTask, told: TrainRound, blob: tensors.Buffer, config: TrainConfig, participant: str, sizes: Sizes
-) -> Held:
-    """Trains or evaluates `blob` as told. Raises TaskError if the task returns nonsense, and whatever it raises."""
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What is to be done with which model, for whom. `residual`: what the updates before owe to this one."""
+
+    told: TrainRound
+    blob: tensors.Buffer
+    participant: str
+    residual: Residual | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A finished update, and what it owes to the next if it is counted; None: that does not change."""
+
+    held: Held
+    owes: Residual | None = None
+
+
+def carry_out(task: LearningTask, errand: Errand, config: TrainConfig, sizes: Sizes) -> Finished:
+    """Trains or evaluates as told. Raises TaskError if the task returns nonsense, and whatever it raises."""
     began = time.monotonic()
-    base = tensors.decode(blob)
+    told, base = errand.told, tensors.decode(errand.blob)
     body: tensors.Buffer = b""
+    codec, owes = codecs.NONE, None
     if told.work == "train":
         result = task.train(base, config)
-        body = tensors.encode(_changes(result.arrays, base, config.wants))
+        packing = chosen(told.codecs)
+        packed = _packed(packing, _changes(result.arrays, base, config.wants), errand, config.seed)
+        body, codec, owes = packed.body, packing.name, _owing(packed, errand)
         num_examples, metrics = result.num_examples, result.metrics
     else:
         measured = task.evaluate(base)
@@ -43,7 +65,7 @@ def carry_out(
         if not math.isfinite(value):
             raise TaskError(f"task {task.name!r}: metric {name!r} is {value}: lower train.lr or check the data")
     update = UpdateReady(
-        participant=participant,
+        participant=errand.participant,
         run_id=told.run_id,
         epoch=told.epoch,
         task=told.task,
@@ -52,9 +74,28 @@ def carry_out(
         num_examples=num_examples,
         metrics={name: float(value) for name, value in metrics.items()},
         seconds=time.monotonic() - began,
+        codec=codec,
         body=describe(body, sizes.inline_bytes, sizes.chunk_bytes) if body else None,
     )
-    return Held(update, body)
+    return Finished(Held(update, body), owes)
+
+
+def chosen(allowed: Sequence[str]) -> codecs.Packing:
+    """The first that this worker knows of those that the run allows; an older one may know none."""
+    return codecs.packing(next((name for name in allowed if codecs.is_known(name)), codecs.NONE))
+
+
+def _packed(packing: codecs.Packing, changes: Arrays, errand: Errand, seed: int) -> codecs.Packed:
+    due, missed = {}, 0
+    if errand.residual is not None:
+        due, missed = errand.residual.arrays(errand.told, changes), errand.residual.missed(errand.told)
+    return packing.pack(changes, due, np.random.default_rng([seed, CODEC_DRAWS]), missed)
+
+
+def _owing(packed: codecs.Packed, errand: Errand) -> Residual | None:
+    """Whoever owed something and owes nothing any more has paid."""
+    pays = bool(packed.residual) or errand.residual is not None
+    return Residual.of(errand.told, packed.residual) if pays else None
 
 
 def train_config(told: TrainRound, participant: str, should_stop: Callable[[], bool]) -> TrainConfig:

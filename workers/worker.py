@@ -20,15 +20,18 @@ import structlog
 
 from broker.errors import BadMessage, FluffleError, StateError, TransportError
 from broker.messages import Fate, Heartbeat, Join, Leave, Phase, TrainFailed, TrainRound
-from broker.offload import contained
+from broker.offload import contained, off_loop
+from broker.tensors import Buffer
+from broker.tensors import decode as decode_arrays
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
 from broker.wire import decode
 from workers.journal import Held, Journal
 from workers.link import Link, WorkerSettings
+from workers.residual import Residual
 from workers.status import WorkerStatus, waits_for
 from workers.task import LearningTask, WorkAbandoned
-from workers.trainer import carry_out, train_config
+from workers.trainer import Errand, Finished, carry_out, train_config
 from workers.upload import Upload
 
 SOFTWARE = f"fluffle {version('fluffle')}"
@@ -76,6 +79,7 @@ class Worker:
         self._order: Order | None = None
         self._is_news = True  # the order came from the broker; one from the journal may be long out of date
         self._held: Held | None = None
+        self._keeping = asyncio.Lock()  # the held update is the journal's
         self._training: TrainRound | None = None
         self._done = ("", 0, 0)  # run, task and attempt that need not be begun again
         self._settled: tuple[int, Fate | None] = (0, None)
@@ -118,6 +122,8 @@ class Worker:
             told, payload = decode(remembered.order)
             self._order = Order(told, payload) if isinstance(told, TrainRound) else None
             self._is_news = False
+            if self._order and self._held:  # it may be what tells its fate
+                await self._settle(self._held, self._order.told)
         async with asyncio.TaskGroup() as group:
             link = group.create_task(self._link.run(self), name=f"{self.participant} link")
             self._news.set()
@@ -149,9 +155,10 @@ class Worker:
             return
         if self.participant in order.told.asked:
             await self.site.journal.save_order(delivery.body)
+        await self._consider(order.told)  # before it is begun: what it owes depends on the fate of the last update
         self._order, self._is_news = order, True
+        self._news.set()
         await delivery.ack()
-        await self._consider(order.told)
         if order.told.finished and same_run and before and not before.finished:
             self.finished.set()
         if not same_run:
@@ -164,18 +171,26 @@ class Worker:
         doing, held = self._training, self._held
         if doing and (is_over(told, doing.run_id) or (told.task != doing.task and not told.late_counts)):
             self._abandoned.set()
-        if held:
-            task, fate = told.fates.get(self.participant, (0, "missing"))
-            if is_over(told, held.update.run_id) or (task >= held.update.task and fate != "missing"):
-                self._held, self._settled = None, (held.update.task, fate)
-                self._since = self._settings.clock()
-                await self.site.journal.drop_held()
-                self._notice("update_settled", task=held.update.task, fate=fate)
-            elif task == held.update.task:
+        if held and not await self._settle(held, told):
+            if told.fates.get(self.participant, (0, "missing"))[0] == held.update.task:
                 await self._send_again(held)
             elif told.task == held.update.task and self.participant in told.asked:
                 await self.on_heartbeat()  # it did not have it when it asked; has it come meanwhile?
-        self._news.set()
+
+    async def _settle(self, held: Held, told: TrainRound) -> bool:
+        """Whether the order tells the held update's fate, or nobody will. Then it is forgotten."""
+        task, fate = told.fates.get(self.participant, (0, "missing"))
+        if not (is_over(told, held.update.run_id) or (task >= held.update.task and fate != "missing")):
+            return False
+        is_same_run = told.run_id == held.update.run_id
+        counted = is_same_run and (task, fate) == (held.update.task, "counted")
+        async with self._keeping:
+            if self._held is held:
+                await self.site.journal.settle_held(counted=counted)
+                self._held, self._settled = None, (held.update.task, fate)
+                self._since = self._settings.clock()
+                self._notice("update_settled", task=held.update.task, fate=fate)
+        return True
 
     async def _send_again(self, held: Held) -> None:
         """The aggregator does not have it, and the outbox may have lost what was confirmed: all of it is sent.
@@ -246,10 +261,13 @@ class Worker:
         self._abandoned.clear()
         self._notice("work_begun", work=told.work, round=told.round, attempt=told.attempt, task=told.task)
         try:
-            held = await self._carry_out(order)
-            await self.site.journal.save_held(held)
-            self._held = held
-            self._notice("work_done", task=told.task, seconds=round(held.update.seconds, 3), **held.update.metrics)
+            finished = await self._carry_out(order)
+            async with self._keeping:
+                await self.site.journal.save_held(finished.held, finished.owes)
+                self._held = finished.held
+            update = finished.held.update
+            size = {"codec": update.codec, "bytes": update.body.size_bytes} if update.body else {}
+            self._notice("work_done", task=told.task, seconds=round(update.seconds, 3), **size, **update.metrics)
         except WorkAbandoned:
             log.info("work_abandoned", participant=self.participant, task=told.task)
         except (TransportError, BadMessage, StateError):
@@ -265,19 +283,33 @@ class Worker:
             self._training, self._since = None, self._settings.clock()
         self._done = (told.run_id, told.task, told.attempt)
 
-    async def _carry_out(self, order: Order) -> Held:
+    async def _carry_out(self, order: Order) -> Finished:
         if order.told.model is None:
             raise BadMessage("the order names no model")
         blob = await self._link.fetch(order.told.model, order.payload)
+        residual = await self._residual(order.told, blob) if order.told.work == "train" else None
+        errand = Errand(order.told, blob, self.participant, residual)
         config = train_config(order.told, self.participant, self._abandoned.is_set)
 
-        def work() -> Held:
-            task = self.site.task_for(order.told)
-            return carry_out(task, order.told, blob, config, self.participant, self._settings.sizes)
+        def work() -> Finished:
+            return carry_out(self.site.task_for(order.told), errand, config, self._settings.sizes)
 
-        held = await asyncio.get_running_loop().run_in_executor(self.site.executor, contained(work))
-        await self._lag(self._settings.lag_s(held.update.seconds))
-        return held  # what is finished is published, even if it may be late: the ledger shall know
+        finished = await asyncio.get_running_loop().run_in_executor(self.site.executor, contained(work))
+        await self._lag(self._settings.lag_s(finished.held.update.seconds))
+        return finished  # what is finished is published, even if it may be late: the ledger shall know
+
+    async def _residual(self, told: TrainRound, blob: Buffer) -> Residual | None:
+        """What the updates before owe to this one. Of another run, or another model, it is of no use any more."""
+        residual = await self.site.journal.residual()
+        if residual is None:
+            return None
+        try:
+            await off_loop(len(blob), residual.arrays, told, decode_arrays(blob))
+        except BadMessage as unfit:
+            await self.site.journal.drop_residual()
+            self._notice("residual_dropped", reason=unfit.reason)
+            return None
+        return residual
 
     def _notice(self, event: str, **fields: object) -> None:
         self._settings.on_notice(event, participant=self.participant, **fields)

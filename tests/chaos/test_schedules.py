@@ -32,6 +32,7 @@ from workers.trainer import Sizes
 TOPOLOGY = Topology("default")
 SIZES = {"inline_bytes": 0, "chunk_bytes": 1024}
 INLINE, STREAMS = settings(3, 2), settings(3, 2, broker=SIZES)
+CODED = settings(3, 2, codec={"up": "topk:0.05+zstd"}, broker={"inline_bytes": 0, "chunk_bytes": 8192})
 RATES = Rates(disconnect=0.008, delay=0.03, fail_publish=0.02, duplicate=0.03, hold_back=0.03)
 
 
@@ -51,7 +52,7 @@ async def run_through(
 ) -> Outcome:
     """One run with a leader and a standby; its every wait ends within a minute."""
     memory = MemoryBroker(TOPOLOGY.access)
-    federation = Federation(memory, directory, names(3), size=600)
+    federation = Federation(memory, directory, names(3), size=5000 if run.codec.allowed else 600)
     federation.heartbeat_s = 0.2
     federation.sizes = Sizes(run.broker.inline_bytes, run.broker.chunk_bytes)
     federation.broker = FaultyBroker(memory, workers)
@@ -83,6 +84,22 @@ async def test_no_schedule_of_faults_changes_what_is_counted(
     assert aggregators.struck
     assert workers.struck
     check(outcome, undisturbed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_coded(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    never = SeededFaults(0, Rates())
+    return asyncio.run(run_through(tmp_path_factory.mktemp("undisturbed"), CODED, never, never))
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 40))]
+)
+async def test_no_schedule_of_faults_changes_what_codecs_owe(
+    undisturbed_coded: Outcome, seed: int, tmp_path: Path
+) -> None:
+    aggregators, workers = (SeededFaults(1000 * seed + who, RATES, longest_s=0.05) for who in range(2))
+    check(await run_through(tmp_path, CODED, aggregators, workers), undisturbed_coded)
 
 
 # -- the head protocol alone ----------------------------------------------------------------------------------

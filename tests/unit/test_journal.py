@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from broker.errors import StateError
 from broker.messages import Join, TrainRound, UpdateReady, Where
 from broker.wire import encode
 from workers.journal import FileJournal, Held, Journal, MemoryJournal, Remembered
+from workers.residual import Residual
 
 BODY = b"arrays of the finished update"
 
@@ -89,8 +91,8 @@ def test_the_newest_replaces_what_was_there(tmp_path: Path) -> None:
 
 def test_a_settled_update_is_forgotten_and_the_order_is_not(tmp_path: Path) -> None:
     journal = saved(tmp_path, held(), told=order())
-    asyncio.run(journal.drop_held())
-    asyncio.run(journal.drop_held())
+    asyncio.run(journal.settle_held(counted=False))
+    asyncio.run(journal.settle_held(counted=False))
     assert load(tmp_path) == Remembered(order(), None)
 
 
@@ -102,7 +104,7 @@ async def test_the_journal_in_memory_remembers_the_same() -> None:
     remembered = await journal.load()
     assert remembered.order == order()
     assert same(remembered.held, held())
-    await journal.drop_held()
+    await journal.settle_held(counted=False)
     assert await journal.load() == Remembered(order(), None)
 
 
@@ -156,7 +158,7 @@ def test_the_same_update_made_anew_has_no_note(tmp_path: Path) -> None:
 
 def test_a_note_that_came_after_its_update_was_dropped_is_nothing(tmp_path: Path) -> None:
     journal = saved(tmp_path, on_its_way(1))
-    asyncio.run(journal.drop_held())
+    asyncio.run(journal.settle_held(counted=False))
     asyncio.run(journal.note_upload(on_its_way(1, confirmed=5)))
     assert load(tmp_path).held is None
 
@@ -242,6 +244,100 @@ def test_a_crash_leaves_the_old_update_or_the_new_or_none_but_no_mixture(
     assert not list(tmp_path.glob("*.damaged"))
     saved(tmp_path, new, told=order(2))  # and it goes on
     assert same(load(tmp_path).held, new)
+
+
+# -- what an update owes to the next --------------------------------------------------------------------------
+
+IN_FORCE, OF_A, OF_B = (Residual("run-1", number, f"residual {number}".encode()) for number in (1, 2, 3))
+CALLS = [(name, nth) for name in ("fsync", "replace", "unlink") for nth in range(1, 9)]
+
+
+def owed(directory: Path) -> Residual | None:
+    """What another process would add to its next update."""
+    return asyncio.run(FileJournal(directory).residual())
+
+
+async def owing(journal: Journal) -> None:
+    """An update was counted and left `IN_FORCE`; the next is held, and owes `OF_A`."""
+    await journal.save_held(held(1), IN_FORCE)
+    await journal.settle_held(counted=True)
+    await journal.save_held(held(2), OF_A)
+
+
+@pytest.mark.parametrize(("counted", "expected"), [(True, OF_A), (False, IN_FORCE)])
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_what_an_update_owes_is_in_force_once_it_was_counted(
+    tmp_path: Path, kind: str, counted: bool, expected: Residual
+) -> None:
+    """Refused, late or lost: what was owed before it is still owed."""
+    journal: Journal = FileJournal(tmp_path) if kind == "file" else MemoryJournal()
+    asyncio.run(owing(journal))
+    assert asyncio.run(journal.residual()) == IN_FORCE
+    asyncio.run(journal.settle_held(counted=counted))
+    assert asyncio.run(journal.residual()) == expected
+    asyncio.run(journal.settle_held(counted=True))  # said twice
+    assert asyncio.run(journal.residual()) == expected
+    asyncio.run(journal.drop_residual())
+    assert asyncio.run(journal.residual()) is None
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_an_update_that_owes_nothing_new_changes_nothing(tmp_path: Path, kind: str) -> None:
+    """As a federated evaluation. Nor does one that another replaced before its fate was known."""
+    journal: Journal = FileJournal(tmp_path) if kind == "file" else MemoryJournal()
+    asyncio.run(owing(journal))
+    asyncio.run(journal.save_held(held(3)))
+    asyncio.run(journal.settle_held(counted=True))
+    assert asyncio.run(journal.residual()) == IN_FORCE
+
+
+@pytest.mark.parametrize(("name", "nth"), CALLS)
+@pytest.mark.parametrize(("counted", "expected"), [(True, OF_A), (False, IN_FORCE)])
+def test_a_crash_while_a_fate_is_noted_leaves_what_the_fate_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: bool, expected: Residual, name: str, nth: int
+) -> None:
+    """Whoever still holds the update says so, and is told again."""
+    journal = FileJournal(tmp_path)
+    asyncio.run(owing(journal))
+    crash_at(monkeypatch, name, nth)
+    with suppress(Crash):
+        asyncio.run(journal.settle_held(counted=counted))
+    monkeypatch.undo()
+    if load(tmp_path).held:
+        asyncio.run(FileJournal(tmp_path).settle_held(counted=counted))
+    assert owed(tmp_path) == expected
+    asyncio.run(FileJournal(tmp_path).save_held(held(3)))
+    asyncio.run(FileJournal(tmp_path).settle_held(counted=True))
+    assert owed(tmp_path) == expected  # and nothing of the one before comes back
+
+
+@pytest.mark.parametrize(("name", "nth"), CALLS)
+def test_a_crash_while_an_update_is_kept_never_pairs_it_with_what_another_owes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, nth: int
+) -> None:
+    journal = FileJournal(tmp_path)
+    asyncio.run(owing(journal))
+    crash_at(monkeypatch, name, nth)
+    with suppress(Crash):
+        asyncio.run(journal.save_held(held(3, b"arrays of the third"), OF_B))
+    monkeypatch.undo()
+    assert owed(tmp_path) == IN_FORCE
+    remembered = load(tmp_path).held
+    if remembered:
+        asyncio.run(FileJournal(tmp_path).settle_held(counted=True))
+    assert owed(tmp_path) == {None: IN_FORCE, 2: OF_A, 3: OF_B}[remembered and remembered.update.task]
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", b"run-1 1 abc\nresidual 1", IN_FORCE.to_bytes()[:-1]])
+def test_a_damaged_residual_is_set_aside_and_said_so(tmp_path: Path, damage: bytes) -> None:
+    asyncio.run(owing(FileJournal(tmp_path)))
+    (tmp_path / "residual.owed").write_bytes(damage)
+    with capture_logs() as logs:
+        assert owed(tmp_path) is None
+    assert [line["event"] for line in logs] == ["journal_damaged"]
+    assert (tmp_path / "residual.damaged").exists()
+    assert owed(tmp_path) is None
+    assert load(tmp_path).held
 
 
 def test_every_file_is_synced_before_it_takes_its_name_and_its_directory_after(
@@ -364,4 +460,4 @@ def test_an_update_that_cannot_be_dropped_is_one_clear_error(tmp_path: Path) -> 
     (tmp_path / "update.frame").unlink()
     (tmp_path / "update.frame").mkdir()
     with pytest.raises(StateError, match="the journal cannot be written"):
-        asyncio.run(journal.drop_held())
+        asyncio.run(journal.settle_held(counted=False))
