@@ -42,8 +42,8 @@ class Sample:
 class Limits:
     """What is still flat. Names of queues and files are matched by their endings, the first one that fits."""
 
-    life_rounds: int = 200  # shorter lives are not judged
-    warm_up_rounds: int = 60
+    life_rounds: int = 200  # after the warm-up; shorter lives are not judged
+    warm_up_rounds: int = 150
     mb_per_1000_rounds: float = 2.0
     broker_mb_per_1000_rounds: float = 15.0
     more_fds: int = 3  # in the last third of a life than in its first
@@ -78,8 +78,8 @@ class Life:
 
     @property
     def length(self) -> int:
-        """In rounds, the warm-up included."""
-        return self.rounds[-1] - self.began if self.rounds else 0
+        """In rounds, without the warm-up."""
+        return self.rounds[-1] - self.rounds[0] if self.rounds else 0
 
     @property
     def rss(self) -> Slope:

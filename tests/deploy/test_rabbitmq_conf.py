@@ -64,6 +64,7 @@ def test_its_values_take_effect(node: Node) -> None:
         f"{{vm_memory_high_watermark,{SET['vm_memory_high_watermark.relative']}}}",
         f'{{disk_free_limit,"{SET["disk_free_limit.absolute"]}"}}',
         f"{{wal_max_size_bytes,{SET['raft.wal_max_size_bytes']}}}",
+        f"{{wal_max_entries,{SET['raft.wal_max_entries']}}}",
         f'"{node.directory}/definitions.json"',
         "{skip_if_unchanged,true}",
     ):

@@ -19,7 +19,7 @@ from benchmarks.soak import Plan, in_storms, limits, written
 from broker.topology import Topology
 from fluffle.chaos.plan import HELD_ROUNDS
 
-LIMITS = Limits(messages={"head": 4}, disk_mb={"journals": 2.0})
+LIMITS = Limits(warm_up_rounds=60, messages={"head": 4}, disk_mb={"journals": 2.0})
 NAMES = ("leader", "standby", "p01", BROKER)
 Change = Callable[[int, str, Usage], Usage]
 
