@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from yarl import URL
 
@@ -66,13 +66,13 @@ class Event:
 class Log:
     """What a process writes to stderr between its start and its end. A thread follows it; a file keeps it."""
 
-    def __init__(self, stream: IO[bytes], path: Path, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], path: Path, on_event: Callable[[Event], None]) -> None:
         self._on_event = on_event
         self.lines: list[str] = []
         self.events: list[Event] = []
         self.ended = False
         self._news = threading.Condition()
-        self._thread = threading.Thread(target=self._follow, args=(stream, path), name=f"log of {path.stem}")
+        self._thread = threading.Thread(target=self._follow, args=(process, path), name=f"log of {path.stem}")
         self._thread.start()
 
     def wait_for(self, name: str, fields: Mapping[str, Any], deadline: float, first: int = 0) -> Event | None:
@@ -88,12 +88,14 @@ class Log:
     def join(self) -> None:
         self._thread.join()
 
-    def _follow(self, stream: IO[bytes], path: Path) -> None:
-        with stream, path.open("ab") as kept:
+    def _follow(self, process: subprocess.Popen[bytes], path: Path) -> None:
+        assert process.stderr
+        with process.stderr as stream, path.open("ab") as kept:
             for line in stream:
                 kept.write(line)
                 kept.flush()
                 self._note(line.decode(errors="replace").rstrip("\n"))
+        process.wait()  # its files are closed before it is dead, and whoever is told asks for its exit code
         with self._news:
             self.ended = True
             self._news.notify_all()
@@ -163,9 +165,8 @@ class Process:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
-        assert self._popen.stderr
         file, told = self._among.directory / f"{self.name}.log", self._among.on_event
-        self.log = Log(self._popen.stderr, file, lambda event: told(self, event))
+        self.log = Log(self._popen, file, lambda event: told(self, event))
         return self
 
     def wait_for(self, event: str, *, within_s: float = DEADLINE_S, first: int = 0, **fields: object) -> Event:
