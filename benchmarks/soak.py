@@ -5,7 +5,7 @@
 
 `fluffle chaos`, for long: RabbitMQ, leader, standby and four workers as processes, and faults planned from a seed.
 A model of 80 kB goes in chunks, so that streams reach their limits and drop what is old. Faults come in storms, at
-the beginning of each of four phases, and quiet rounds follow, so that every process has lives that are long enough
+the beginning of each of three phases, and quiet rounds follow, so that every process has lives that are long enough
 for a slope. Every few rounds it is noted what everybody holds: memory, file descriptors and threads of every
 process, messages in queues and streams, files. `limits` says what is still flat, `benchmarks/flat.py` judges.
 
@@ -57,7 +57,7 @@ class Plan:
     rounds: int = 2000
     faults: int = 60
     seed: int = 1
-    phases: int = 4
+    phases: int = 3
     every: int = 5  # rounds between samples
 
     @property
@@ -185,6 +185,7 @@ def report(plan: Plan, outcome: Outcome, samples: Sequence[Sample]) -> dict[str,
         "last_disk_mb": last(disks),
         "disk_mb_per_1000_rounds": disk_slopes(samples),
         "inside_rabbitmq": [{"round": sample.round, **sample.inside} for sample in samples if sample.inside],
+        "waiting_and_files": [[s.round, s.messages, s.disk_mb] for s in samples[::INSIDE_EVERY]],
         "columns": ["round", "at_s", "leader", {name: list(Usage.__slots__) for name in samples[-1].processes}],
         "samples": [compact(sample) for sample in samples],
     }
@@ -233,7 +234,7 @@ def text(told: dict[str, Any]) -> str:
 
 def written(told: dict[str, Any]) -> str:
     """JSON with a line for each life and each sample."""
-    rows = {name: told[name] for name in ("lives", "samples")}
+    rows = {name: told[name] for name in ("lives", "waiting_and_files", "samples")}
     rest = json.dumps({name: value for name, value in told.items() if name not in rows}, indent=2)
     tables = (f'  "{name}": [\n    ' + ",\n    ".join(map(json.dumps, of)) + "\n  ]" for name, of in rows.items())
     return rest.removesuffix("\n}") + ",\n" + ",\n".join(tables) + "\n}\n"
