@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from broker.topology import AGGREGATOR, Topology
 from broker.wire import decode
 from fluffle.chaos.task import Pull
 from tests.federation import Federation, names, settings
+from workers import journal
 from workers.journal import FileJournal, MemoryJournal
 from workers.link import WorkerSettings
 from workers.task import TrainConfig, TrainResult
@@ -169,6 +171,18 @@ async def test_what_the_run_does_not_allow_is_refused_and_the_run_goes_on(
 # -- what is owed ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def one_write_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that died writes no more; here its thread may still do so while the next one begins."""
+    write, lock = journal._replace, threading.Lock()
+
+    def locked(path: Path, content: tensors.Buffer) -> None:
+        with lock:
+            write(path, content)
+
+    monkeypatch.setattr(journal, "_replace", locked)
+
+
 class Died(BaseException):
     """The process is gone."""
 
@@ -281,16 +295,16 @@ class LateOnce(Pull):
 async def test_what_a_late_update_owed_is_not_owed(tmp_path: Path) -> None:
     """It was dropped, so none of it arrived: whether it is told so first, or goes on to the round that is open."""
     crowd = federation(tmp_path)
-    journal, owed = MemoryJournal(), []
+    kept, owed = MemoryJournal(), []
 
     def hear(event: str, **fields: object) -> None:
         if event == "work_begun":
-            owed.append(journal._owed)
+            owed.append(kept._owed)
 
     crowd.participants = names(2)
     run = settings(3, 20, codec=TOP_K, round={"quorum": 2, "deadline_s": 0.5, "late": "discard"})
     waits = WorkerSettings(0.2, patience_s=5.0, retry_s=0.1, on_notice=hear)
-    slow = Worker(Site("p03", always(LateOnce("p03", SIZE)), journal), crowd.broker, TOPOLOGY, waits)
+    slow = Worker(Site("p03", always(LateOnce("p03", SIZE)), kept), crowd.broker, TOPOLOGY, waits)
     async with asyncio.timeout(60), asyncio.TaskGroup() as group, crowd.workers():
         running = group.create_task(slow.run())
         await crowd.aggregator(run).run()
