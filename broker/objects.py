@@ -99,7 +99,9 @@ class Web(Remote):
 
     def read(self, path: str, into: memoryview) -> int:
         """As elsewhere, but its length is asked for first: a server may send all of it, whatever the range."""
-        size = self._files.info(self._at(path)).get("size")
+        size = None
+        with suppress(FileNotFoundError):  # or the server cannot be reached, or does not tell: reading it will say
+            size = self._files.info(self._at(path)).get("size")
         if size is not None and size != len(into):
             return min(int(size), len(into) + 1)
         return super().read(path, into)
