@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import structlog
 
+from aggregator.settings import RoundSettings
 from aggregator.ways import Ways
 from broker.errors import StoreFailed
 from broker.head import HeadRecord
@@ -35,10 +36,13 @@ def is_decided(record: HeadRecord, participant: str, task: int) -> bool:
     return task <= record.settled.get(participant, (0, ""))[0] and not (record.open and task == record.open.task)
 
 
-def update_needed(record: HeadRecord, participant: str, task: int) -> bool:
-    """Whether an update that nobody has announced yet could still count."""
-    remembered = min((known for known, _, _ in record.lineage), default=0)
-    return not record.finished and task >= remembered and not is_decided(record, participant, task)
+def update_needed(record: HeadRecord, participant: str, task: int, settings: RoundSettings) -> bool:
+    """Whether an update, announced or not, could still be added to a sum."""
+    oldest = record.task
+    if settings.late == "fold":
+        fresh = record.version - settings.staleness_max
+        oldest = min((known for known, version, _ in record.lineage if version >= fresh), default=oldest)
+    return not record.finished and task >= oldest and not is_decided(record, participant, task)
 
 
 class Garbage:
@@ -46,7 +50,7 @@ class Garbage:
 
     def __init__(self, ways: Ways) -> None:
         self._store = ways.store if ways.store is not None and ways.store.keeps else None
-        self._topology, self._orphan_s = ways.topology, ways.settings.store.orphan_s
+        self._topology, self._settings = ways.topology, ways.settings
         self._named: set[tuple[str, int]] = set()  # participant and task of updates that were announced
         self._models: set[str] = set()  # that the record before needed
         self._suspects: set[str] = set()
@@ -66,7 +70,7 @@ class Garbage:
             await self._collect_models(record)
             if now >= self._next_look:
                 await self._collect_orphans(record)
-                self._next_look = now + self._orphan_s
+                self._next_look = now + self._settings.store.orphan_s
         except StoreFailed as failed:
             log.warning("garbage_left", reason=str(failed))
 
@@ -104,11 +108,13 @@ class Garbage:
                 if run_id != record.run_id:
                     found.add(updates(participant, run_id))
                     continue
-                tasks = await self._names(updates(participant, run_id))
-                found |= {
-                    updates(participant, run_id, task) for task in tasks if not _needs(record, participant, task)
-                }
+                for task in await self._names(updates(participant, run_id)):
+                    if not (is_number(task) and self._needs(record, participant, int(task))):
+                        found.add(updates(participant, run_id, task))
         return found
+
+    def _needs(self, record: HeadRecord, participant: str, task: int) -> bool:
+        return update_needed(record, participant, task, self._settings.round)
 
     async def _names(self, place: str) -> list[str]:
         assert self._store is not None
@@ -119,5 +125,5 @@ class Garbage:
         await self._store.delete(place)
 
 
-def _needs(record: HeadRecord, participant: str, task: str) -> bool:
-    return task.isdigit() and len(task) < 17 and update_needed(record, participant, int(task))
+def is_number(task: str) -> bool:
+    return task.isdecimal() and len(task) <= 16

@@ -111,7 +111,7 @@ class Seaweed:
         """Whether the bucket is there, or can be made: the gateway is up before what is behind it."""
         try:
             self.files(AGGREGATOR).mkdirs(BUCKET, exist_ok=True)
-        except OSError:
+        except Exception:  # botocore's own, of many kinds
             return False
         return True
 
