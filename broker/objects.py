@@ -48,7 +48,7 @@ def open_objects(url: str) -> Objects:
     Raises ConfigError.
     """
     protocol = url.partition("://")[0] if "://" in url else ""
-    if protocol not in TESTED:
+    if protocol not in TESTED or not (protocol or url.startswith("/")):
         raise ConfigError(f"store {url!r}: use file:///FOLDER, s3://BUCKET/PREFIX or http[s]://HOST/PATH")
     if protocol in FOLDERS:
         return Folder(Path(url.removeprefix(f"{protocol}://") if protocol else url))
@@ -132,7 +132,7 @@ class Folder:
             try:
                 with open(beside, "xb", buffering=0, opener=_inside(folder)) as file:
                     with suppress(PermissionError):  # shares without Unix rights
-                        os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(folder).st_mode) & 0o666)
+                        os.fchmod(file.fileno(), os.fstat(folder).st_mode & 0o666)
                     _write_all(file.fileno(), data)
                 os.rename(beside, name, src_dir_fd=folder, dst_dir_fd=folder)
             except BaseException:
@@ -206,8 +206,10 @@ def _make(name: str, above: int) -> None:
         os.mkdir(name, dir_fd=above)
     except FileExistsError:
         return
-    with suppress(PermissionError):
-        os.chmod(name, stat.S_IMODE(os.fstat(above).st_mode) & 0o2777, dir_fd=above)
+    wanted = os.fstat(above).st_mode & 0o2777
+    if os.stat(name, dir_fd=above).st_mode & 0o2777 != wanted:  # who is not in its group would lose setgid by it
+        with suppress(PermissionError):
+            os.chmod(name, wanted, dir_fd=above)
 
 
 def _write_all(file: int, data: memoryview) -> None:
