@@ -99,6 +99,7 @@ class Seaweed:
         with self.directory.joinpath("output").open("ab") as output:
             self.process = subprocess.Popen(
                 line, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                start_new_session=True,
             )  # fmt: skip
         until = time.monotonic() + READY_S
         while not self._answers():
