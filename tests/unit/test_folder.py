@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -186,6 +185,9 @@ def test_addresses() -> None:
 
 
 def test_an_address_that_needs_a_package_tells_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
+    def missing(url: str, **options: object) -> object:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
     with pytest.raises(ConfigError, match=r"pip install 'fluffle\[s3\]'"):
         open_objects("s3://bucket/prefix")
