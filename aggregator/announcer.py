@@ -68,7 +68,7 @@ class Announcer:
             told = set(live) if head.finished else {p for p, (task, _) in head.settled.items() if task == closed}
             for participant in sorted(told.union(missing)):
                 await self.tell(participant, {}, open_round, now)
-        if head.model is not None and head.model.where == "stream":
+        if head.model is not None and head.model.where != "inline":
             self.bytes_down += head.model.size_bytes * len(missing)
 
     async def tell(self, participant: str, fates: Fates, open_round: Round | None, now: float) -> None:

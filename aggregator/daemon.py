@@ -16,6 +16,7 @@ import structlog
 from aggregator import control, plan, status
 from aggregator.announcer import Announcer, reply_to
 from aggregator.archive import Archive, report_of
+from aggregator.garbage import Garbage
 from aggregator.intake import Intake, check_sender
 from aggregator.job import Job, Surroundings
 from aggregator.judge import judge, weight_of
@@ -31,6 +32,7 @@ from aggregator.round import Round, Step, reckoned
 from aggregator.status import RunStatus
 from aggregator.strategies import make_strategy
 from aggregator.takeover import Takeover, commit, mark_end
+from aggregator.ways import Ways
 from broker import tensors
 from broker.errors import (
     AccessRefused,
@@ -143,9 +145,10 @@ class Term:
         self.job, self.settings, self.lead, self.topology = job, settings, lead, topology
         self.archive, self.around = archive, around
         self.strategy = make_strategy(settings.strategy, settings.round)
-        self.models = Models(lead.reader, lead.writer, topology, archive, settings.broker)
-        scratch = archive.checkpoints.directory
-        self.intake = Intake(lead.reader, lead.writer, topology, settings, scratch)
+        ways = Ways(lead.reader, lead.writer, topology, settings, around.store)
+        self.models = Models(ways, archive)
+        self.intake = Intake(ways, scratch=archive.checkpoints.directory)
+        self.garbage = Garbage(ways)
         self.announcer = Announcer(lead, topology, settings, self.strategy.wants)
         self.registry = Registry((), 0.0, settings.broker.liveness_s)
         self.quotas = Quotas(settings.broker.quota_per_s)
@@ -226,7 +229,7 @@ class Term:
         await self.archive.note(self.head)  # the leader before may have died before it could
         self.registry = Registry(self.head.members, self.began, self.settings.broker.liveness_s)
         for participant in self.head.members:
-            await self.intake.prepare(participant, len(self.blob))
+            await self.intake.prepare(participant, self.head.model)
         if self.head.obeyed is None:
             await self.intake.forget(self.head.removed)
         self.refresh_at = self.began + self.settings.broker.refresh_s
@@ -309,6 +312,8 @@ class Term:
     async def _update(self, update: UpdateReady, payload: memoryview, delivery: Delivery) -> None:
         offset = delivery.offset
         judged = judge(update, self.head, self.ledger.settled, self.settings.round)
+        if judged.verdict != "refused":
+            self.garbage.note(update)
         match judged.verdict:
             case "refused":
                 raise BadMessage(judged.reason)
@@ -335,7 +340,7 @@ class Term:
                 f"strategy {self.settings.strategy.name!r} sums {self.strategy.wants}s, not {update.arrays}s"
             )
         arrays = await self.intake.arrays(update, payload, self.model, len(self.blob))
-        if update.body and update.body.where == "stream":
+        if update.body and update.body.where != "inline":
             self.bytes_up += update.body.size_bytes
         await off_loop(len(self.blob), self.strategy.add, arrays, weight)
         return weight
@@ -362,7 +367,7 @@ class Term:
 
     async def _heard(self, told: Status) -> None:
         self.registry.note_phase(told.participant, told.phase)
-        await self.intake.prepare(told.participant, len(self.blob))
+        await self.intake.prepare(told.participant, self.head.model)
         if self.round:
             self.round.come_back(told.participant)
         if not self.caught_up:
@@ -441,6 +446,7 @@ class Term:
                     await self._commit_progress(self.head.with_(open=None, closed=None, finished=why))
                 case Step.EXTEND:
                     self._note("round_extended", round=self.round.open.round, missing=self.round.missing)
+                    await self.models.put_again(self.head.run_id, self.head.model, self.blob)
                     live = self.registry.live(now)
                     await self._reopen(self.round, self.head.with_(open=self.round.extended(now, live, live)))
                     await self._announce()
@@ -467,6 +473,7 @@ class Term:
         self.around.on_report(report_of(self.head, closed))
         if not self.head.finished:
             await self._announce()
+        await self.garbage.collect(self.head, now)
 
     def _pace(self, closing: Round, now: float) -> tuple[float, ...]:
         if self.settings.round.deadline == "fixed":
@@ -519,6 +526,7 @@ class Term:
             await self._commit_read(self.head.with_(closed=None))
         else:
             await self._commit(self.head)
+        await self.garbage.collect(self.head, self.around.clock())
 
     async def _commit(self, record: HeadRecord) -> None:
         await commit(self.lead, record, self.blob)

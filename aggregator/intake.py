@@ -11,17 +11,16 @@ from pathlib import Path
 
 import structlog
 
-from aggregator.settings import RunSettings
+from aggregator.ways import Ways
 from broker import codecs
 from broker.codecs import NONE, SPARE_BYTES
-from broker.errors import BadMessage, ConnectionLost, StateError, TransportError
+from broker.errors import BadMessage, ConnectionLost, StateError, StoreFailed, TransportError
 from broker.messages import Barrier, FromParticipant, Message, UpdateReady, Where
 from broker.offload import off_loop
-from broker.payloads import MIN_CHUNK_BYTES, Assembly, collect, verify
+from broker.payloads import MIN_CHUNK_BYTES, MIN_PART_BYTES, Assembly, collect, is_possible, verify
 from broker.retry import publish
 from broker.tensors import Arrays, Buffer
-from broker.topology import Topology
-from broker.transport import Delivery, Transport
+from broker.transport import Delivery
 from broker.wire import encode
 
 log = structlog.get_logger(__name__)
@@ -40,24 +39,19 @@ def check_sender(message: Message, delivery: Delivery) -> FromParticipant:
 
 
 class Intake:
-    """Fetches an update's arrays, from behind its header or from its participant's outbox."""
+    """Fetches an update's arrays: from behind its header, from its participant's outbox, or from the store."""
 
-    def __init__(
-        self, reader: Transport, writer: Transport, topology: Topology, settings: RunSettings, scratch: Path
-    ) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._topology = topology
-        self._settings = settings.broker
-        self._codecs = settings.codec.allowed
+    def __init__(self, ways: Ways, scratch: Path) -> None:
+        self._reader, self._writer, self._topology = ways.reader, ways.writer, ways.topology
+        self._settings, self._codecs, self._store = ways.settings.broker, ways.settings.codec.allowed, ways.store
         self._scratch = scratch
         self._read_to: dict[str, int] = {}
         self._forgotten: set[str] = set()
 
-    async def prepare(self, participant: str, update_bytes: int) -> None:
-        """Makes sure that a participant with large updates has somewhere to put them."""
-        if update_bytes > self._settings.inline_bytes and participant not in self._read_to:
-            outbox = self._topology.outbox_declarations(participant, update_bytes + SPARE_BYTES)
+    async def prepare(self, participant: str, model: Where | None) -> None:
+        """Makes sure that a participant has somewhere to put large updates: they go the way that the model came."""
+        if model is not None and model.where == "stream" and participant not in self._read_to:
+            outbox = self._topology.outbox_declarations(participant, model.size_bytes + SPARE_BYTES)
             try:
                 await self._writer.declare(*outbox)
             except ConnectionLost:
@@ -86,19 +80,25 @@ class Intake:
             )
         if update.body.size_bytes > most_bytes + SPARE_BYTES:
             raise BadMessage(f"body of {update.body.size_bytes} bytes is above the model's {most_bytes}")
-        blob = (
-            payload if update.body.where == "inline" else await self._from_outbox(update.participant, update.body)
-        )
+        blob = await self._body(update, update.body, payload)
         await verify(blob, update.body)
         size_bytes = 0 if update.codec == NONE else most_bytes  # without a codec they are views
         return await off_loop(size_bytes, codecs.packing(update.codec).unpack, blob, like)
 
+    async def _body(self, update: UpdateReady, where: Where, payload: memoryview) -> Buffer:
+        match where.where:
+            case "inline":
+                return payload
+            case "stream":
+                return await self._from_outbox(update.participant, where)
+            case "url":
+                return await self._from_store(update, where)
+
     async def _from_outbox(self, participant: str, where: Where) -> Buffer:
         """All chunks were confirmed before the update was announced, so a barrier ends the search for them."""
-        if participant not in self._read_to or not where.chunks or not where.size_bytes:
-            raise BadMessage(f"{participant} has no outbox: updates here travel inline")
-        if where.chunks > -(-where.size_bytes // MIN_CHUNK_BYTES):
-            raise BadMessage(f"{where.size_bytes} bytes in {where.chunks} chunks are impossible")
+        if participant not in self._read_to:
+            raise BadMessage(f"{participant} has no outbox: large updates go the way that the model came")
+        _check_pieces(where, MIN_CHUNK_BYTES)
         outbox = self._topology.outbox(participant)
         buffer = scratch(self._scratch, where.size_bytes)
         barrier = Barrier(nonce=secrets.token_hex(8))
@@ -111,6 +111,25 @@ class Intake:
         finally:
             await stream.close()
         return buffer
+
+    async def _from_store(self, update: UpdateReady, where: Where) -> Buffer:
+        """It was stored before it was announced, where nobody else may write."""
+        if self._store is None:
+            raise BadMessage("the update is in a claim-check store, and this aggregator was given none")
+        _check_pieces(where, MIN_PART_BYTES)
+        assembly = Assembly.into(scratch(self._scratch, where.size_bytes), where, update.participant)
+        place = self._topology.update_place(update.participant, update.run_id, str(update.task))
+        try:
+            await self._store.fill(place, assembly)
+        except StoreFailed as failed:
+            await self._store.names(self._topology.model_place(update.run_id))  # or the store is at fault
+            raise BadMessage(f"its body cannot be read: {failed}") from failed
+        return assembly.buffer
+
+
+def _check_pieces(where: Where, min_piece_bytes: int) -> None:
+    if not is_possible(where, min_piece_bytes):
+        raise BadMessage(f"{where.size_bytes} bytes in {where.chunks} pieces are impossible")
 
 
 def scratch(directory: Path, size_bytes: int) -> memoryview:

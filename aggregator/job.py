@@ -14,6 +14,7 @@ from aggregator.history import RoundReport
 from aggregator.settings import RunSettings
 from broker.messages import Metrics
 from broker.offload import contained
+from broker.store import Store
 from broker.tensors import Arrays
 
 log = structlog.get_logger(__name__)
@@ -57,8 +58,10 @@ def log_notice(event: str, fields: Mapping[str, object]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Time and listeners, so that tests and simulations bring their own."""
+    """Time and listeners, so that tests and simulations bring their own; and the claim-check store, if there is
+    one: then large bodies go there and not through the broker."""
 
     clock: Callable[[], float] = time.time
     on_report: Callable[[RoundReport], None] = log_report
     on_notice: Notice = log_notice
+    store: Store | None = None

@@ -5,38 +5,101 @@ from __future__ import annotations
 import structlog
 
 from aggregator.archive import Archive
-from aggregator.settings import BrokerSettings
+from aggregator.ways import Ways
 from broker.errors import BadMessage, ConnectionLost, ModelMissing, PublishFailed, TransportError
+from broker.head import HeadRecord
 from broker.messages import Chunk, Where
 from broker.offload import off_loop
 from broker.payloads import Address, Assembly, collect, describe, upload, verify
 from broker.tensors import Buffer
-from broker.topology import AGGREGATOR, Topology
-from broker.transport import Inbox, Transport
+from broker.topology import AGGREGATOR
+from broker.transport import Inbox
 from broker.wire import decode
 
 log = structlog.get_logger(__name__)
 
 
 class Models:
-    """Stores models for participants and for the next leader, and loads them back by digest."""
+    """Stores models for participants and for the next leader, and loads them back by digest.
 
-    def __init__(
-        self, reader: Transport, writer: Transport, topology: Topology, archive: Archive, settings: BrokerSettings
-    ) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._topology = topology
+    Large ones go to the claim-check store, if there is one, else into a stream.
+    """
+
+    def __init__(self, ways: Ways, archive: Archive) -> None:
+        self._reader, self._writer, self._topology, self._store = (
+            ways.reader,
+            ways.writer,
+            ways.topology,
+            ways.store,
+        )
+        self._settings = ways.settings.broker
+        self._part_bytes = ways.settings.store.part_bytes
         self._archive = archive
-        self._settings = settings
 
     async def put(self, run_id: str, blob: Buffer) -> Where:
-        """Puts a body on the disk, and on the broker if it is too large to travel inline, before it is named."""
-        where = await off_loop(len(blob), describe, blob, self._settings.inline_bytes, self._settings.chunk_bytes)
+        """Puts a body on the disk, and where others find it if it is too large to travel inline, before it is
+        named."""
+        where = await off_loop(len(blob), self._describe, blob)
         if where.where == "stream":
             where = await self._put_chunks(run_id, where, blob)
+        elif where.where == "url":
+            await self.put_again(run_id, where, blob)
         await self._archive.store(where.sha256, blob)
         return where
+
+    async def put_again(self, run_id: str, where: Where | None, blob: Buffer) -> None:
+        """Makes sure that a model in the store is there: somebody may have deleted it."""
+        if where is not None and where.where == "url" and self._store is not None:
+            await self._store.upload(self._topology.model_place(run_id), where, blob)
+
+    async def forget(self, old: HeadRecord, new: Where) -> None:
+        """Deletes the models of a run that is over."""
+        if old.model is not None and old.model.stream not in ("", new.stream):
+            await self._writer.delete(old.model.stream)
+        if old.model is not None and old.model.where == "url" and self._store is not None:
+            await self._store.delete(self._topology.model_place(old.run_id))
+
+    async def get(self, run_id: str, where: Where, payload: memoryview) -> tuple[Buffer, bool]:
+        """A body, and whether it is where participants find it. Raises ModelMissing if it is neither there nor
+        here."""
+        try:
+            return await self._fetch(run_id, where, payload), True
+        except ConnectionLost:
+            raise
+        except (BadMessage, TransportError) as error:  # overwritten, lost with the broker's disk, or no such stream
+            log.error("model_not_found", sha256=where.sha256, where=where.where, reason=str(error))
+        blob = await self._archive.load(where.sha256)
+        if blob is None:
+            raise ModelMissing(
+                f"model {where.sha256[:12]} is neither on the broker (or in the store) nor among the checkpoints "
+                "here: the lead goes to an aggregator that has it; start one where its run directory is"
+            )
+        return blob, False
+
+    async def _fetch(self, run_id: str, where: Where, payload: memoryview) -> Buffer:
+        if where.where == "inline":
+            blob: Buffer = bytes(payload[: where.size_bytes])
+        else:
+            blob = bytearray(where.size_bytes)
+            assembly = Assembly.into(blob, where, AGGREGATOR)
+            if where.where == "stream":
+                await self._collect(assembly)
+            elif self._store is None:
+                raise BadMessage("it lies in a claim-check store, and this aggregator was given none")
+            else:
+                await self._store.fill(self._topology.model_place(run_id), assembly)
+        await verify(blob, where)
+        return blob
+
+    async def _collect(self, assembly: Assembly) -> None:
+        stream = await self._reader.read(assembly.where.stream, offset=assembly.where.first_offset)
+        await collect(stream, assembly, end=None, patience_s=self._settings.patience_s)
+        await stream.close()
+
+    def _describe(self, blob: Buffer) -> Where:
+        if self._store is not None:
+            return describe(blob, self._settings.inline_bytes, self._part_bytes, "url")
+        return describe(blob, self._settings.inline_bytes, self._settings.chunk_bytes)
 
     async def _put_chunks(self, run_id: str, where: Where, blob: Buffer) -> Where:
         stream = self._topology.model(run_id)
@@ -54,31 +117,3 @@ class Models:
             if isinstance(message, Chunk) and message.of == where.sha256:
                 return delivery.offset
         raise PublishFailed(f"the model's chunks were confirmed but cannot be read back from {where.stream}")
-
-    async def get(self, where: Where, payload: memoryview) -> tuple[Buffer, bool]:
-        """A body, and whether it came from the broker. Raises ModelMissing if it is neither there nor here."""
-        try:
-            return await self._from_broker(where, payload), True
-        except ConnectionLost:
-            raise
-        except (BadMessage, TransportError) as error:  # overwritten, lost with the broker's disk, or no such stream
-            log.error("model_not_on_broker", sha256=where.sha256, reason=str(error))
-        blob = await self._archive.load(where.sha256)
-        if blob is None:
-            raise ModelMissing(
-                f"model {where.sha256[:12]} is neither on the broker nor among the checkpoints here: the lead goes "
-                "to an aggregator that has it; start one where its run directory is"
-            )
-        return blob, False
-
-    async def _from_broker(self, where: Where, payload: memoryview) -> Buffer:
-        if where.where == "inline":
-            blob: Buffer = bytes(payload[: where.size_bytes])
-        else:
-            blob = bytearray(where.size_bytes)
-            stream = await self._reader.read(where.stream, offset=where.first_offset)
-            assembly = Assembly.into(blob, where, AGGREGATOR)
-            await collect(stream, assembly, end=None, patience_s=self._settings.patience_s)
-            await stream.close()
-        await verify(blob, where)
-        return blob

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from broker.codecs import NONE, packing
 from broker.errors import ConfigError
 from broker.messages import Federation, Part, RunId, Settings, Word
-from broker.payloads import MIN_CHUNK_BYTES
+from broker.payloads import MIN_CHUNK_BYTES, MIN_PART_BYTES
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -153,6 +153,15 @@ class BrokerSettings(Part):
     refresh_s: Annotated[float, Field(gt=0, description="how often an idle leader republishes its record")] = 240.0
 
 
+class StoreSettings(Part):
+    """Parts of bodies in the claim-check store, and how long what nobody names stays there."""
+
+    part_bytes: Annotated[int, Field(ge=MIN_PART_BYTES, le=64 << 20, description="size of a part")] = 8 << 20
+    orphan_s: Annotated[
+        float, Field(gt=0, description="what no record needs for so long is deleted, within twice that time")
+    ] = 3600.0
+
+
 class RunSettings(Part):
     """One training run."""
 
@@ -168,3 +177,4 @@ class RunSettings(Part):
     strategy: StrategySettings = StrategySettings()
     codec: CodecSettings = CodecSettings()
     broker: BrokerSettings = BrokerSettings()
+    store: StoreSettings = StoreSettings()

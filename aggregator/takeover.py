@@ -69,9 +69,9 @@ class Takeover:
         record = self._lead.record
         if record.model is None:
             raise StateError(f"the record of run {record.run_id!r} names no model: give it up with --abandon")
-        blob, on_broker = await self._models.get(record.model, self._lead.payload)
+        blob, is_there = await self._models.get(record.run_id, record.model, self._lead.payload)
         await self._archive.store(record.model.sha256, blob)  # whoever led before had another disk
-        if not on_broker:
+        if not is_there:
             where = await self._models.put(record.run_id, blob)
             await commit(self._lead, record.with_(model=where), blob)
         return blob
@@ -102,8 +102,7 @@ class Takeover:
             obeyed=None,
         )
         await commit(self._lead, first, blob)
-        if old.model is not None and old.model.stream not in ("", where.stream):
-            await self._lead.writer.delete(old.model.stream)  # nobody needs the models of the run before
+        await self._models.forget(old, where)  # nobody needs the models of the run before
         log.info("run_began", run_id=run_id, version=first.version, model_bytes=len(blob))
         return blob
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from yarl import URL
 
 from aggregator.checkpoints import Checkpoints
 from aggregator.settings import BrokerSettings, EvaluationSettings, RoundSettings, RunSettings, StopSettings
-from benchmarks.measure import Mark, between, forget_peaks, mark, node_pids, peak_mb, private_node
+from benchmarks.measure import Groups, Mark, between, forget_peaks, mark, node_pids, peak_mb, private_node
 from benchmarks.tasks import DRIFT, random_model
 from broker import tensors
 from broker.definitions import Enrolment, access_definitions, password_hash
@@ -136,15 +137,33 @@ def deployed(node: Node, federation: str) -> Iterator[Deployment]:
         yield deployment
 
 
-def run_fluffle(node: Node, federation: str, load: Load, *options: str) -> Measured:
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A claim-check store beside the broker: its address for the aggregator and for workers, what they need in
+    their environment to reach it, and who serves it."""
+
+    aggregator: str = ""
+    workers: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    pids: Groups = field(default_factory=dict)
+
+
+THROUGH_BROKER = Beside()
+
+
+def run_fluffle(
+    node: Node, federation: str, load: Load, *options: str, beside: Beside = THROUGH_BROKER
+) -> Measured:
     """One run. `options` go to the aggregator and the workers alike."""
     with deployed(node, federation) as deployment:
         initial = deployment.directory / "initial.safetensors"
         body = initial.write_bytes(tensors.encode(load.initial()))
         heartbeat = ("--set", f"broker.heartbeat_s={load.heartbeat_s}", "--log-level", "warning")
-        workers = [deployment.worker(share, *heartbeat, *options, task=load.task) for share in load.shares]
-        leader = deployment.aggregator(load.run, "--set", f"run.initial={initial}", "--http", "", *options)
-        per_round, peaks = follow(node, load, leader, workers)
+        at = (*heartbeat, "--set", f"store.url={beside.workers}", *options)
+        workers = [deployment.worker(share, *at, task=load.task, **beside.environment) for share in load.shares]
+        begin = ("--set", f"run.initial={initial}", "--set", f"store.url={beside.aggregator}", "--http", "")
+        leader = deployment.aggregator(load.run, *begin, *options, **beside.environment)
+        per_round, peaks = follow(node, load, leader, workers, beside.pids)
         result = leader.result(LONGEST_S)
         peaks["aggregator"] = result["aggregator_peak_rss_mb"] * (1 << 20) / 1e6
         for worker in workers:
@@ -176,10 +195,12 @@ def run_bare(node: Node, federation: str, load: Load, sizes: Sizes) -> Measured:
 
 
 def follow(
-    node: Node, load: Load, leader: Process, workers: Sequence[Process]
+    node: Node, load: Load, leader: Process, workers: Sequence[Process], others: Groups = MappingProxyType({})
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """What the rounds after the warm-up cost, and the most memory of workers and broker."""
-    pids = {"aggregator": [leader.pid], "workers": [one.pid for one in workers], "rabbitmq": node_pids(node)}
+    """What the rounds after the warm-up cost, of `others` too, and the most memory of workers and broker."""
+    pids: dict[str, Iterable[int]] = {
+        "aggregator": [leader.pid], "workers": [one.pid for one in workers], "rabbitmq": node_pids(node), **others,
+    }  # fmt: skip
     forget_peaks(*pids["rabbitmq"])
     marks: list[Mark] = []
     for number in (load.warm_up, load.warm_up + load.rounds):

@@ -20,7 +20,7 @@ import numpy as np
 from aggregator.judge import weight_of
 from aggregator.strategies import make_strategy
 from benchmarks import embedded
-from benchmarks.fleet import Load, Measured, rabbit, run_bare, run_fluffle
+from benchmarks.fleet import THROUGH_BROKER, Beside, Load, Measured, rabbit, run_bare, run_fluffle
 from benchmarks.measure import BYTES_PER_MB, RESULTS, line, report, table, write
 from benchmarks.tasks import Drift
 from broker import tensors
@@ -48,9 +48,11 @@ def expected(load: Load) -> str:
     return hashlib.sha256(tensors.encode(model)).hexdigest()
 
 
-def run_checked(node: Node, federation: str, load: Load, *options: str) -> Measured:
+def run_checked(
+    node: Node, federation: str, load: Load, *options: str, beside: Beside = THROUGH_BROKER
+) -> Measured:
     """One run over RabbitMQ. Raises AssertionError if its model is not the expected one."""
-    ours = run_fluffle(node, federation, load, *options)
+    ours = run_fluffle(node, federation, load, *options, beside=beside)
     assert ours.result["model_sha256"] == expected(load), "the model is not the one that these updates give"
     return ours
 

@@ -15,7 +15,8 @@ FluffleError
     ├── MessageTooLarge the broker takes no message of that size, now or later
     ├── Unroutable      nothing is bound to where the message was sent
     ├── QueueLost       the broker lists a queue or stream that it has lost: somebody must mend that
-    └── AccessRefused   the broker does not allow this user to do that
+    ├── AccessRefused   the broker does not allow this user to do that
+    └── StoreFailed     the claim-check store cannot be reached, or refuses
 """
 
 
@@ -44,7 +45,7 @@ class BadMessage(FluffleError):
 
 
 class ChunksMissing(BadMessage):
-    """Chunks of a payload are not where they should be: the broker lost them, or they were never sent."""
+    """Pieces of a payload are not where they should be: they were lost there, or never sent."""
 
 
 class StateError(FluffleError):
@@ -85,6 +86,10 @@ class QueueLost(TransportError):
 
 class AccessRefused(TransportError):
     """The broker does not allow this user to do that."""
+
+
+class StoreFailed(TransportError):
+    """The claim-check store cannot be reached, or refuses."""
 
 
 def first_known(error: Exception) -> FluffleError | None:

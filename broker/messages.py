@@ -44,9 +44,10 @@ class Part(BaseModel):
 
 
 class Where(Part):
-    """Where a payload is: behind this header (`inline`), or in a stream as numbered chunks."""
+    """Where a payload is: behind this header (`inline`), in a stream as numbered chunks, or in the claim-check
+    store (`url`) as numbered parts, at a place under its root that follows from the rest of the message."""
 
-    where: Literal["inline", "stream"]
+    where: Literal["inline", "stream", "url"]
     size_bytes: Annotated[int, Field(ge=0, le=MAX_MODEL_BYTES)]
     sha256: Sha256
     stream: Word = ""

@@ -1,4 +1,5 @@
-"""Payloads of any size. Small ones travel inline; larger ones as numbered chunks in a stream.
+"""Payloads of any size. Small ones travel inline; larger ones in numbered pieces: as chunks in a stream, or as
+parts in a claim-check store (`broker/store.py`).
 
 A payload of `size_bytes` in `chunks` pieces is cut evenly, so every piece's place follows from its index:
 duplicates and reordering do no harm, and a broken transfer goes on where it was.
@@ -9,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from broker.errors import BadMessage, ChunksMissing
 from broker.messages import Barrier, Chunk, Message, Where
@@ -21,7 +23,8 @@ from broker.transport import Delivery, Inbox, Transport
 from broker.wire import FROM_PARTICIPANT, decode, encode
 
 MIN_CHUNK_BYTES = 1024  # nobody may cut finer
-# Chunks in flight: a cut repeats as many. 200 MB cut five times cost 1.1 times the bytes with 4, 1.4 with 16.
+MIN_PART_BYTES = 64 << 10
+# Pieces in flight: a cut repeats as many. 200 MB cut five times cost 1.1 times the bytes with 4, 1.4 with 16.
 WINDOW = 4
 CONFIRM_S = 30.0  # for a chunk: on a slow link it waits for those before it
 
@@ -34,42 +37,49 @@ class Address:
     key: str
 
 
-def describe(blob: Buffer, inline_bytes: int, chunk_bytes: int) -> Where:
-    """How `blob` travels: inline if it is small, else in chunks (the sender fills in the stream)."""
+Way = Literal["stream", "url"]
+
+
+def describe(blob: Buffer, inline_bytes: int, chunk_bytes: int, way: Way = "stream") -> Where:
+    """How `blob` travels: inline if it is small, else in pieces (the sender fills in the stream)."""
     sha256 = hashlib.sha256(blob).hexdigest()
     if len(blob) <= inline_bytes:
         return Where(where="inline", size_bytes=len(blob), sha256=sha256)
-    return Where(where="stream", size_bytes=len(blob), sha256=sha256, chunks=-(-len(blob) // chunk_bytes))
+    return Where(where=way, size_bytes=len(blob), sha256=sha256, chunks=-(-len(blob) // chunk_bytes))
 
 
 def piece(where: Where, index: int) -> slice:
-    """The bytes of the payload that chunk `index` holds."""
+    """The bytes of the payload that piece `index` holds."""
     step = -(-where.size_bytes // where.chunks)
     return slice(min(index * step, where.size_bytes), min((index + 1) * step, where.size_bytes))
 
 
+def is_possible(where: Where, min_piece_bytes: int) -> bool:
+    """Whether a payload can be cut like that: no finer, and no piece is empty."""
+    return 1 <= where.chunks <= -(-where.size_bytes // min_piece_bytes) and (
+        piece(where, where.chunks - 1).start < where.size_bytes
+    )
+
+
 Arrived = Callable[[int], Awaitable[None]]
+Send = Callable[[int, memoryview], Awaitable[None]]
 
 
-async def _nothing(count: int) -> None:
+async def nothing(count: int) -> None:
     """Nobody wants to know."""
 
 
-async def upload(
-    transport: Transport, to: Address, where: Where, blob: Buffer, *, first: int = 0, after: Arrived = _nothing
-) -> None:
-    """Publishes all chunks of a payload from chunk `first` on.
+async def send_pieces(where: Where, blob: Buffer, send: Send, *, first: int = 0, after: Arrived = nothing) -> None:
+    """Sends all pieces of a payload from piece `first` on, some at a time.
 
-    `after(n)` is told that the first n chunks have arrived, also before a failure ends the upload; what it raises
+    `after(n)` is told that the first n pieces have arrived, also before a failure ends the upload; what it raises
     ends the upload, too.
     """
     view = memoryview(blob)
     for start in range(first, where.chunks, WINDOW):
         window = range(start, min(start + WINDOW, where.chunks))
-        frames = [_chunk(where, index, view[piece(where, index)]) for index in window]
         outcomes = await asyncio.gather(
-            *(publish(transport, to.exchange, to.key, frame, timeout_s=CONFIRM_S) for frame in frames),
-            return_exceptions=True,
+            *(send(index, view[piece(where, index)]) for index in window), return_exceptions=True
         )
         failures = [(place, error) for place, error in enumerate(outcomes) if error is not None]
         arrived = failures[0][0] if failures else len(window)
@@ -77,6 +87,17 @@ async def upload(
             await after(start + arrived)
         if failures:
             raise failures[0][1]
+
+
+async def upload(
+    transport: Transport, to: Address, where: Where, blob: Buffer, *, first: int = 0, after: Arrived = nothing
+) -> None:
+    """Publishes all chunks of a payload from chunk `first` on; `after(n)` is told that n are confirmed."""
+
+    async def send(index: int, data: memoryview) -> None:
+        await publish(transport, to.exchange, to.key, _chunk(where, index, data), timeout_s=CONFIRM_S)
+
+    await send_pieces(where, blob, send, first=first, after=after)
 
 
 def _chunk(where: Where, index: int, data: memoryview) -> bytes:
@@ -135,6 +156,13 @@ def _read(delivery: Delivery) -> tuple[Message | None, memoryview]:
         return decode(delivery.body, FROM_PARTICIPANT)
     except BadMessage:
         return None, memoryview(b"")
+
+
+async def tried_together(work: Iterable[Awaitable[None]]) -> None:
+    """Waits for all of it, and then raises the first failure, if there is one."""
+    outcomes = await asyncio.gather(*work, return_exceptions=True)
+    for error in filter(None, outcomes):
+        raise error
 
 
 async def verify(blob: Buffer, where: Where) -> None:

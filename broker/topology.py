@@ -12,6 +12,11 @@ fl.<f>.down        exchange `all` or `<p>`: TrainRound; `operator`: Answer
 fl.<f>.inbox.<p>   queue    the newest TrainRound
 fl.<f>.rejected    queue    refused messages with the reason
 fl.<f>.operator.<nonce> queue the answer to one command
+
+And in a claim-check store, under its root:
+
+<f>/models/<run>/<sha256>              a global model
+<f>/updates/<p>/<run>/<task>/<sha256>  an update of one participant, who needs to write nowhere else
 """
 
 from __future__ import annotations
@@ -93,6 +98,14 @@ class Topology:
 
     def outbox(self, participant: str) -> str:
         return self._name("outbox", participant)
+
+    def model_place(self, *run_and_sha256: str) -> str:
+        """Where all models are in a claim-check store, those of one run, or one model."""
+        return "/".join((self.federation, "models", *run_and_sha256))
+
+    def update_place(self, *participant_run_and_task: str) -> str:
+        """Where all updates are in a claim-check store, those of one participant, of one run, or one task's."""
+        return "/".join((self.federation, "updates", *participant_run_and_task))
 
     def check(self, token: str) -> str:
         """A name for something that is tried out and deleted again."""

@@ -183,6 +183,7 @@ WIRE_LIMITS = {
     "chunks of a payload": _number(messages.MAX_ITEMS),
     "smallest chunks": f"{payloads.MIN_CHUNK_BYTES:,} bytes",
     "chunks in flight": f"{payloads.WINDOW}",
+    "smallest parts": f"{payloads.MIN_PART_BYTES // KIB} KiB",
     "manifest": f"{tensors.MAX_MANIFEST_BYTES // MIB} MiB",
     "tensors": f"{tensors.MAX_TENSORS:,}",
     "dimensions": f"{tensors.MAX_DIMENSIONS}",

@@ -37,6 +37,7 @@ from aggregator.settings import (
     RoundSettings,
     RunSettings,
     StopSettings,
+    StoreSettings,
     StrategySettings,
 )
 from broker.errors import ConfigError
@@ -130,6 +131,28 @@ class BrokerSection(BrokerSettings):
         return value
 
 
+class StoreSection(StoreSettings):
+    """A claim-check store: large bodies lie there, and only references to them pass through the broker."""
+
+    url: Annotated[
+        str,
+        Field(
+            description="where this process reaches it: /FOLDER, s3://BUCKET/PREFIX, or http[s]://HOST/PATH for a "
+            "worker; each may reach the same store under another address; empty: all goes through the broker"
+        ),
+    ] = ""
+
+    @field_validator("url")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value and not re.fullmatch(r"(file://)?/[^\0]*|s3://[^\s/@]+(/\S*)?|https?://[^\s/@]+(/\S*)?", value):
+            raise ValueError(
+                "use a folder as /mnt/fluffle, s3://BUCKET/PREFIX or http[s]://HOST/PATH; credentials come from "
+                "the environment or from fsspec's own configuration, never from here"
+            )
+        return value
+
+
 class HttpSection(Part):
     """Where an aggregator tells its status: read-only, to whoever can reach that address."""
 
@@ -210,6 +233,7 @@ class Config(Part):
     run: RunSection = RunSection()
     data: DataSection = DataSection()
     broker: BrokerSection = BrokerSection()
+    store: StoreSection = StoreSection()
     http: HttpSection = HttpSection()
     process: ProcessSection = ProcessSection()
     round: RoundSettings = RoundSettings()
@@ -248,6 +272,7 @@ class Config(Part):
             strategy=self.strategy,
             codec=self.codec,
             broker=BrokerSettings(**self.broker.model_dump(include=set(BrokerSettings.model_fields))),
+            store=StoreSettings(**self.store.model_dump(include=set(StoreSettings.model_fields))),
         )
 
 

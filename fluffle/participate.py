@@ -26,6 +26,7 @@ from fluffle.config import Config
 from fluffle.endpoint import Health, Pages
 from fluffle.results import peak_rss_mb
 from fluffle.signals import on_signal
+from fluffle.stores import opened_store
 from fluffle.watchdog import watched
 from workers.assignment import Assignment, Holding
 from workers.journal import FileJournal
@@ -189,11 +190,15 @@ def make_workers(
     settings = WorkerSettings(
         heartbeat_s=config.broker.heartbeat_s,
         patience_s=config.broker.patience_s,
-        sizes=Sizes(config.broker.inline_bytes, config.broker.chunk_bytes),
+        sizes=Sizes(config.broker.inline_bytes, config.broker.chunk_bytes, config.store.part_bytes),
         on_notice=log.info,
     )
-    topology, thread = Topology(config.broker.federation), ThreadPoolExecutor(1, "train")
+    topology, thread, store = (
+        Topology(config.broker.federation),
+        ThreadPoolExecutor(1, "train"),
+        opened_store(config.store),
+    )
     return [
-        Worker(Site(name, assignment, journals[name], thread), broker, topology, settings)
+        Worker(Site(name, assignment, journals[name], thread, store), broker, topology, settings)
         for name, assignment in assignments.items()
     ]

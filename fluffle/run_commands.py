@@ -31,6 +31,7 @@ def aggregator(asked: Asked, abandon: str, from_checkpoint: bool, fresh: bool, j
     from fluffle.rundir import RunDir
     from fluffle.serve import serve, wall_s
     from fluffle.signals import Terminated
+    from fluffle.stores import keepers_store
     from fluffle.text import summary
 
     asked.configure_logs()
@@ -40,7 +41,7 @@ def aggregator(asked: Asked, abandon: str, from_checkpoint: bool, fresh: bool, j
         raise ConfigError(
             "an aggregator needs a broker that others can reach: give --broker amqp://HOST, or broker.url"
         )
-    broker = rabbit_broker(config.broker)
+    broker, store = rabbit_broker(config.broker), keepers_store(config.store)
     job = replace(run_job(config), abandon=abandon, from_checkpoint=from_checkpoint, fresh=fresh)
     run = RunDir(config.run_dir)
     run.keep(config)
@@ -48,7 +49,7 @@ def aggregator(asked: Asked, abandon: str, from_checkpoint: bool, fresh: bool, j
     asked.configure_logs(quiet=display.live)
     try:
         with display:
-            record = asyncio.run(serve(config, job, broker, display))
+            record = asyncio.run(serve(config, job, broker, display, store))
     except Terminated:
         raise Stopped(
             f"run {config.run.id!r} was told to stop here (SIGTERM): start it again and it goes on"

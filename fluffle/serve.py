@@ -10,6 +10,7 @@ from aggregator.daemon import Aggregator
 from aggregator.job import Job, Surroundings
 from aggregator.status import RunStatus
 from broker.head import HeadRecord
+from broker.store import Store
 from broker.transport import Broker
 from fluffle import endpoint
 from fluffle.config import Config
@@ -19,9 +20,11 @@ from fluffle.signals import Terminated, on_signal
 from fluffle.watchdog import watched
 
 
-async def serve(config: Config, job: Job, broker: Broker, display: Display) -> HeadRecord:
+async def serve(
+    config: Config, job: Job, broker: Broker, display: Display, store: Store | None = None
+) -> HeadRecord:
     """Leads the run, or stands by until it must; returns its last record. Raises Terminated after SIGTERM."""
-    around = Surroundings(on_report=display.on_report, on_notice=partial(notice, display))
+    around = Surroundings(on_report=display.on_report, on_notice=partial(notice, display), store=store)
     aggregator = Aggregator(job, broker, config.run_dir, around)
     running = asyncio.ensure_future(aggregator.run())
     terminated = asyncio.Event()

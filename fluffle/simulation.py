@@ -19,6 +19,7 @@ from aggregator.strategies import make_strategy
 from broker.errors import first_known
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
+from broker.store import Store
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker
 from fluffle.brokers import rabbit_broker
@@ -27,6 +28,7 @@ from fluffle.crowd import check_credentials, crowd
 from fluffle.display import Display, notice
 from fluffle.jobs import check_metrics, task_job
 from fluffle.learning import shares_of
+from fluffle.stores import keepers_store
 from workers.journal import MemoryJournal
 from workers.link import WorkerSettings
 from workers.modules import use_threads
@@ -55,6 +57,7 @@ class Plan:
     definition: TaskDefinition
     shares: Shares
     broker: Broker
+    store: Store | None
 
 
 def plan_simulation(config: Config) -> Plan:
@@ -64,7 +67,7 @@ def plan_simulation(config: Config) -> Plan:
     definition = find_task(config.task)
     definition.recipe(config.train.chosen())
     check_metrics(config, definition)
-    return Plan(config, definition, shares_of(config, definition), broker)
+    return Plan(config, definition, shares_of(config, definition), broker, keepers_store(config.store))
 
 
 def _broker(config: Config) -> Broker:
@@ -126,9 +129,9 @@ def _worker(plan: Plan, shard: Shard, thread: ThreadPoolExecutor) -> Worker:
     settings = WorkerSettings(
         heartbeat_s=config.broker.heartbeat_s,
         patience_s=config.broker.patience_s,
-        sizes=Sizes(config.broker.inline_bytes, config.broker.chunk_bytes),
+        sizes=Sizes(config.broker.inline_bytes, config.broker.chunk_bytes, config.store.part_bytes),
     )
-    site = Site(shard.name, always(task), MemoryJournal(), thread)
+    site = Site(shard.name, always(task), MemoryJournal(), thread, plan.store)
     return Worker(site, plan.broker, Topology(config.broker.federation), settings)
 
 
@@ -137,7 +140,7 @@ def _aggregator(plan: Plan, display: Display, abandon: str = "") -> Aggregator:
     job = replace(
         job, abandon=abandon, from_checkpoint=True
     )  # the command refuses a used directory unless it is to resume
-    around = Surroundings(on_report=display.on_report, on_notice=partial(notice, display))
+    around = Surroundings(on_report=display.on_report, on_notice=partial(notice, display), store=plan.store)
     return Aggregator(job, plan.broker, plan.config.run_dir, around)
 
 

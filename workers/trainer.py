@@ -11,7 +11,7 @@ import numpy as np
 
 from broker import codecs, tensors
 from broker.errors import BadMessage, TaskError
-from broker.messages import TrainRound, UpdateReady
+from broker.messages import TrainRound, UpdateReady, Where
 from broker.payloads import describe
 from workers.journal import Held
 from workers.residual import Residual
@@ -22,10 +22,18 @@ CODEC_DRAWS = 1  # tells a codec's random numbers from those of training
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bodies up to `inline_bytes` travel behind their header, larger ones in chunks."""
+    """Bodies up to `inline_bytes` travel behind their header; larger ones in chunks through the broker, or in parts
+    through a claim-check store."""
 
     inline_bytes: int = 256 << 10
     chunk_bytes: int = 1 << 20
+    part_bytes: int = 8 << 20
+
+    def describe(self, blob: tensors.Buffer, model: Where | None) -> Where:
+        """How a body travels: the way that the model came."""
+        if model is not None and model.where == "url":
+            return describe(blob, self.inline_bytes, self.part_bytes, "url")
+        return describe(blob, self.inline_bytes, self.chunk_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,7 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig, sizes: Si
         metrics={name: float(value) for name, value in metrics.items()},
         seconds=time.monotonic() - began,
         codec=codec,
-        body=describe(body, sizes.inline_bytes, sizes.chunk_bytes) if body else None,
+        body=sizes.describe(body, told.model) if body else None,
     )
     return Finished(Held(update, body), owes)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from workers.journal import Held, Journal
 from workers.task import WorkAbandoned
 
-NOTE_CHUNKS = 8  # are confirmed, or
+NOTE_CHUNKS = 8  # are confirmed (or one part, in a store), or
 NOTE_S = 2.0  # passed, before the progress of an upload is noted again
 
 
@@ -34,6 +34,8 @@ class Upload:
         if self.noted < 0 and self.held.confirmed:
             self.on_resumed()
         self.held.confirmed = count
-        if count - self.noted >= NOTE_CHUNKS or self.clock() - self.noted_at >= NOTE_S:
+        body = self.held.update.body
+        enough = 1 if body is not None and body.where == "url" else NOTE_CHUNKS
+        if count - self.noted >= enough or self.clock() - self.noted_at >= NOTE_S:
             self.noted, self.noted_at = count, self.clock()
             await self.journal.note_upload(self.held)

@@ -21,6 +21,7 @@ import structlog
 from broker.errors import BadMessage, FluffleError, StateError, TransportError
 from broker.messages import Fate, Heartbeat, Join, Leave, Phase, TrainFailed, TrainRound
 from broker.offload import contained, off_loop
+from broker.store import Store
 from broker.tensors import Buffer
 from broker.tensors import decode as decode_arrays
 from broker.topology import AGGREGATOR, Topology
@@ -48,7 +49,8 @@ def always(task: LearningTask) -> TaskFor:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a worker works: its name, its learning task and journal, and the thread that trains.
+    """Where a worker works: its name, its learning task and journal, the thread that trains, and its way to the
+    claim-check store, if there is one.
 
     `task_for` finds the learning task for an order. It runs in that thread too, so it may load data.
     """
@@ -57,6 +59,7 @@ class Site:
     task_for: TaskFor
     journal: Journal
     executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "train"))
+    store: Store | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class Worker:
     ) -> None:
         self.site, self.participant, self.topology = site, site.participant, topology
         self._settings = settings or WorkerSettings()
-        self._link = Link(site.participant, broker, topology, self._settings)
+        self._link = Link(site.participant, broker, topology, self._settings, site.store)
         self._order: Order | None = None
         self._is_news = True  # the order came from the broker; one from the journal may be long out of date
         self._held: Held | None = None
@@ -286,7 +289,7 @@ class Worker:
     async def _carry_out(self, order: Order) -> Finished:
         if order.told.model is None:
             raise BadMessage("the order names no model")
-        blob = await self._link.fetch(order.told.model, order.payload)
+        blob = await self._link.fetch(order.told.run_id, order.told.model, order.payload)
         residual = await self._residual(order.told, blob) if order.told.work == "train" else None
         errand = Errand(order.told, blob, self.participant, residual)
         config = train_config(order.told, self.participant, self._abandoned.is_set)

@@ -270,12 +270,14 @@ class Deployment:
         process.arguments = ("aggregator", str(file), *self._broker(AGGREGATOR, name), *paths, *options)
         return self.start(process)
 
-    def worker(self, participant: str, *options: str, pace: Pace | None = None, task: str = TASK) -> Process:
+    def worker(
+        self, participant: str, *options: str, pace: Pace | None = None, task: str = TASK, **environment: str
+    ) -> Process:
         """Starts one, or one for several participants (`p01..p03`); `task` "" leaves it to the run."""
         own = ("--task", task, "--data", (pace or Pace()).as_data) if task else ()
         name = ("--participant", participant, "--federation", self.topology.federation)
         arguments = ("worker", *name, *self._broker(participant, participant), *own, *options)
-        return self.start(Process(participant, arguments, self))
+        return self.start(Process(participant, arguments, self, environment))
 
     def workers(self, *participants: str, task: str = TASK) -> list[Process]:
         return [self.worker(participant, task=task) for participant in participants]

@@ -30,7 +30,7 @@ KNOWN_HOSTS = {
     "docs.aws.amazon.com", "huggingface.co", "keepachangelog.com", "msgpack.org", "semver.org",
     "support.huaweicloud.com", "tanzu.vmware.com", "www.rabbitmq.com",
 }  # fmt: skip
-OTHER_WORDS = r"\b(clients?|servers?|masters?|slaves?|nodes?|coordinators?|silos?)\b"
+OTHER_WORDS = r"\b(clients?|(?<!web\s)servers?|masters?|slaves?|nodes?|coordinators?|silos?)\b"
 PRIVATE = (
     r"/work\b",
     r"/root\b",

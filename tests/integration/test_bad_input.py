@@ -23,7 +23,9 @@ from broker.errors import AccessRefused
 from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
 from broker.messages import Barrier, Chunk, Heartbeat, Join, Leave, Rejected, TrainRound, UpdateReady, Where
-from broker.payloads import describe, piece
+from broker.objects import Folder
+from broker.payloads import MIN_PART_BYTES, describe, piece
+from broker.store import Store
 from broker.tensors import Arrays, Buffer
 from broker.topology import AGGREGATOR, CHUNK, Topology
 from broker.transport import Inbox, Transport
@@ -103,15 +105,20 @@ class Seen:
 
 
 async def attacked(
-    directory: Path, act: Act, broker_: MemoryBroker | None = None, size: int = 7, **sections
+    directory: Path,
+    act: Act,
+    broker_: MemoryBroker | None = None,
+    size: int = 7,
+    store: Store | None = None,
+    **sections,
 ) -> Seen:
     """A run of three honest participants and one that does `act` when it is asked, and then leaves."""
     broker = broker_ or MemoryBroker(TOPOLOGY.access)
     aggregator = await broker.connect(AGGREGATOR, purpose="audit")
     await aggregator.declare(*TOPOLOGY.aggregator_declarations())
-    federation = Federation(broker, directory, names(3), size)
+    federation = Federation(broker, directory, names(3), size, store=store)
     run = settings(4, rounds=2, round={"quorum": 3}, **sections)
-    quiet = Surroundings(on_report=federation.reports.append, on_notice=lambda event, fields: None)
+    quiet = Surroundings(on_report=federation.reports.append, on_notice=lambda event, fields: None, store=store)
     async with asyncio.timeout(60), federation.workers():
         running = asyncio.create_task(federation.aggregator(run, quiet).run())
         hostile = await Hostile.joined(broker)
@@ -220,6 +227,10 @@ FORGERIES: dict[str, tuple[Forge, str]] = {
     "chunks without an outbox": (
         lambda h: encode(h.update(body=Where(where="stream", size_bytes=9, sha256="a" * 64, chunks=1))),
         "p-bad has no outbox",
+    ),
+    "in a store that there is not": (
+        lambda h: encode(h.update(body=Where(where="url", size_bytes=9, sha256="a" * 64, chunks=1))),
+        "this aggregator was given none",
     ),
     "pickle": (lambda h: h.frame(pickle.dumps({"w": 1})), "tensor manifest"),
     "offsets too long to be written": (
@@ -371,6 +382,73 @@ async def test_garbage_in_its_outbox_does_not_spoil_what_comes_after(tmp_path: P
 def undisturbed_large(tmp_path_factory: pytest.TempPathFactory) -> HeadRecord:
     federation = Federation(MemoryBroker(TOPOLOGY.access), tmp_path_factory.mktemp("large"), names(3), SIZE)
     return asyncio.run(federation.run(settings(3, rounds=2, broker=CHUNKED)))
+
+
+# -- bodies in a claim-check store ----------------------------------------------------------------------------
+
+
+def stored(part: bytes, name: str = "00000", who: str = BAD) -> Callable[[Path, str], None]:
+    """Puts a part of whatever body is named where that participant's updates are."""
+
+    def put(share: Path, sha256: str) -> None:
+        folder = share / TOPOLOGY.update_place(who, "run-1", "1") / sha256
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(part)
+
+    return put
+
+
+def linked(share: Path, sha256: str) -> None:
+    """The body is another participant's, if links were followed."""
+    stored(BODY, who="p09")(share, sha256)
+    own = share / TOPOLOGY.update_place(BAD, "run-1", "1")
+    own.mkdir(parents=True)
+    (own / sha256).symlink_to(share / TOPOLOGY.update_place("p09", "run-1", "1") / sha256)
+
+
+BODY = tensors.encode({"w": np.zeros(SIZE, F32), "steps": np.zeros((), np.int64)})
+IN_STORE = describe(BODY, 0, MIN_PART_BYTES, "url")
+
+
+@pytest.mark.parametrize(
+    ("put", "fields", "reason"),
+    [
+        pytest.param(stored(b"", "other"), {}, "part 0 of 1 of .* is not in the store", id="nothing"),
+        pytest.param(stored(BODY, who="p09"), {}, "part 0 of 1 of .* is not in the store", id="another's"),
+        pytest.param(stored(BODY[:-1]), {}, "part 0 of 1 of .* or not whole", id="too short"),
+        pytest.param(stored(BODY + b"x"), {}, "part 0 of .* in the store is longer than", id="too long"),
+        pytest.param(stored(BODY[:-1] + b"x"), {}, "does not match its sha256", id="other bytes"),
+        pytest.param(linked, {}, "its body cannot be read: .* Not a directory", id="a link to another's"),
+        pytest.param(stored(BODY), {"chunks": 0}, "in 0 pieces are impossible", id="no parts"),
+        pytest.param(stored(BODY), {"chunks": 2}, "in 2 pieces are impossible", id="too many parts"),
+        pytest.param(stored(BODY), {"size_bytes": 1 << 40}, "is above the model's", id="absurdly large"),
+        pytest.param(stored(BODY), {"size_bytes": 4096}, "in the store is longer than 4096", id="another size"),
+        pytest.param(stored(BODY), {"stream": "../../other"}, None, id="a stream that nobody reads"),
+    ],
+)
+async def test_bad_bodies_in_a_store_are_refused_with_the_reason_and_the_run_goes_on(
+    put: Callable[[Path, str], None],
+    fields: dict[str, object],
+    reason: str | None,
+    undisturbed_large: HeadRecord,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("broker.store.LONGEST_PAUSE_S", 0.01)
+    share = tmp_path / "share"
+    await asyncio.to_thread(share.mkdir)
+    where = IN_STORE.model_copy(update=fields)
+
+    async def act(hostile: Hostile) -> None:
+        await asyncio.to_thread(put, share, where.sha256)
+        await hostile.say("update", encode(hostile.update(body=where)))
+
+    store = Store(Folder(share), "share")
+    seen = await attacked(tmp_path, act, size=SIZE, store=store, broker={"inline_bytes": 0})
+    if reason is None:
+        assert [line.verdict for line in seen.ledger if line.participant == BAD] == ["counted"]
+    else:
+        check(seen, [reason], undisturbed_large)
 
 
 # -- what the broker does not even let pass, and floods -------------------------------------------------------
