@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from broker.wire import KINDS
-from tests.fuzzing import decoders, files, runs
+from tests.fuzzing import codings, decoders, files, runs
 from tests.fuzzing.engine import Findings, Fuzzer, Target
 
 ADDRESS_SPACE_BYTES = 6 << 30  # of one process: whoever asks for more gets a MemoryError, which is a defect
@@ -26,6 +26,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "tensors": lambda _: decoders.blobs(),
     "chunks": lambda _: decoders.chunks(),
     "sums": lambda _: decoders.sums(),
+    "codecs": lambda _: codings.codecs(),
+    "residuals": lambda _: codings.residuals(),
     "journal": files.journal,
     "checkpoints": files.checkpoints,
     "history": files.history,
