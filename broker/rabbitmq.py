@@ -3,8 +3,9 @@
 RabbitMQ closes a channel on every refusal. So each request has a channel of its own, each consumer keeps one,
 and the publishing one is opened again after an error: a refusal costs whoever caused it, never the connection.
 Readers of streams leave theirs to the next one, for RabbitMQ 3.10.8 never forgets a channel that read a stream
-(5 KB each; mended in November 2022, https://github.com/rabbitmq/rabbitmq-server/pull/6325). They do so a hundred
-times: if a segment is dropped just when a reader begins, its index stays open until the channel is closed.
+(5 KB each; mended in November 2022, https://github.com/rabbitmq/rabbitmq-server/pull/6325). A channel is closed
+when some stream was read a hundred times on it: if a segment is dropped just when a reader begins, RabbitMQ may leave
+its index open until then.
 
 It is built on aio-pika's plain connection. All channels are of the protocol layer under it (aiormq), because that
 can write a message in one step (see `_publish`), runs one task for a delivery where aio-pika runs three, tells when
@@ -16,10 +17,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, SupportsIndex, TypeVar
 
@@ -60,7 +61,7 @@ from broker.transport import Binding, Declaration, Delivery, Exchange, Inbox, Qu
 
 OLDEST_VERSION = (3, 10)  # the first whose streams and quorum queues do what is asked of them here
 CLOSE_S = 5.0  # for the farewell; after that the broker finds out by itself
-READERS_OF_A_CHANNEL = 100  # one after the other
+READINGS = 100  # of one stream on one channel, one after the other
 RETRY_S = 0.5  # between attempts to reach a queue that a restarted broker has not found yet
 
 REFUSED = (AMQPError, ChannelInvalidStateError, TimeoutError)  # what a request that failed raises, if not lost
@@ -318,9 +319,9 @@ class RabbitTransport:
                 return shared
         return _Shared(await self.open_channel())
 
-    async def leave_spare(self, shared: _Shared) -> None:
-        shared.readers += 1
-        if shared.readers < READERS_OF_A_CHANNEL:
+    async def leave_spare(self, shared: _Shared, stream: str) -> None:
+        shared.readings[stream] += 1
+        if shared.readings[stream] < READINGS:
             self._spare.append(shared)
         else:
             await shared.channel.close()
@@ -501,7 +502,7 @@ class _Shared:
     """A channel that one reader of a stream leaves to the next."""
 
     channel: UnderlayChannel
-    readers: int = 0  # that are gone
+    readings: Counter[str] = field(default_factory=Counter)  # of each stream
 
 
 class _Reader(_Inbox):
@@ -556,7 +557,7 @@ class _Reader(_Inbox):
         await self._channel.basic_ack(0, multiple=True)
         self._channel.on_consumer_cancel_callbacks.discard(self._on_cancel)
         self._closing.cancel()  # which only ends this watching
-        return await self._transport.leave_spare(self._shared)
+        return await self._transport.leave_spare(self._shared, self._name)
 
 
 def _delivery(message: DeliveredMessage, settle: Any, *, offset: int = -1, delivery_count: int = 0) -> Delivery:

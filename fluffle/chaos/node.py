@@ -49,7 +49,7 @@ class Node:
             "definitions.import_backend = local_filesystem\n"
             f"definitions.local.path = {directory}/definitions.json\n"
             "definitions.skip_if_unchanged = true\n"
-            "raft.wal_max_entries = 4096\n"  # as in deploy/rabbitmq.conf
+            "raft.wal_max_entries = 512\n"  # deploy/rabbitmq.conf has more: a run of minutes shall reach it
         )
         dist, epmd = free_port(), free_port()
         node.environment = os.environ | {
