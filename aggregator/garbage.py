@@ -18,6 +18,7 @@ from aggregator.ways import Ways
 from broker.errors import StoreFailed
 from broker.head import HeadRecord
 from broker.messages import UpdateReady
+from broker.payloads import tried_together
 
 KEPT_MODELS = 4  # versions: a slow participant may still be fetching an older one
 
@@ -75,10 +76,15 @@ class Garbage:
             log.warning("garbage_left", reason=str(failed))
 
     async def _collect_decided(self, record: HeadRecord) -> None:
-        for participant, task in sorted(self._named):
-            if is_decided(record, participant, task):
-                await self._delete(self._topology.update_place(participant, record.run_id, str(task)))
-                self._named.discard((participant, task))
+        async def collect(participant: str, task: int) -> None:
+            await self._delete(self._topology.update_place(participant, record.run_id, str(task)))
+            self._named.discard((participant, task))
+
+        await tried_together(
+            collect(participant, task)
+            for participant, task in sorted(self._named)
+            if is_decided(record, participant, task)
+        )
 
     async def _collect_models(self, record: HeadRecord) -> None:
         needed = models_needed(record)

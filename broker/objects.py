@@ -85,8 +85,16 @@ class Remote:
         return []
 
     def delete(self, folder: str) -> None:
-        if found := self._files.find(self._at(folder)):
+        """What an object store refuses to delete is not told by fsspec: it is still there."""
+        if found := self._below(folder):
             self._files.rm(found)
+            if left := self._below(folder):
+                raise PermissionError(f"{left[0]} could not be deleted")
+
+    def _below(self, folder: str) -> list[str]:
+        """All files in it; the folder itself is one for some object stores."""
+        here = self._at(folder)
+        return [path for path in self._files.find(here) if path.strip("/").startswith(here.strip("/") + "/")]
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"

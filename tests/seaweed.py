@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -21,12 +23,21 @@ import fsspec
 from broker.objects import Remote
 from broker.store import Store
 from broker.topology import AGGREGATOR
-from fluffle.chaos.node import free_port
 
 BUCKET = "fluffle"
+ONLOOKER = "onlooker"  # reads and lists, but neither writes nor deletes
 PARTICIPANTS = ["p01", "p02", "p03", "p04", "p05"]
 FEDERATIONS = [f"f-{number:03}" for number in range(120)]
 READY_S = 60.0
+START_ATTEMPTS = 3
+PORTS = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
+FLAGS = {
+    "dir": "data", "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "filer": "true", "s3": "true",
+    "s3.config": "users.json", "s3.iam": "false", "s3.port.iceberg": 0, "s3.port.lance": 0,
+    "master.telemetry": "false", "master.volumePreallocate": "false", "master.volumeSizeLimitMB": 1024,
+    "volume.max": 20, "volume.minFreeSpacePercent": 1, "filer.localSocket": "filer.sock",
+    "s3.localSocket": "s3.sock",
+}  # fmt: skip
 
 
 def binary() -> Path | None:
@@ -36,6 +47,13 @@ def binary() -> Path | None:
     return Path(found) if found else None
 
 
+def free_ports(count: int) -> list[int]:
+    """So many, and no two the same."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in sockets]
+
+
 def password(user: str) -> str:
     return f"secret-of-{user}"
 
@@ -43,7 +61,9 @@ def password(user: str) -> str:
 def users() -> dict[str, Any]:
     """Who may do what, in SeaweedFS's words."""
     everything = [f"{action}:{BUCKET}" for action in ("Admin", "Read", "Write", "List")]
-    rights = {AGGREGATOR: everything} | {user: participant_rights(user) for user in PARTICIPANTS}
+    rights = {AGGREGATOR: everything, ONLOOKER: everything[1:2] + everything[3:]} | {
+        user: participant_rights(user) for user in PARTICIPANTS
+    }
     return {
         "identities": [
             {"name": user, "credentials": [{"accessKey": user, "secretKey": password(user)}], "actions": actions}
@@ -68,7 +88,7 @@ class Seaweed:
     """The process, and stores in it. Every test takes a federation that no other has."""
 
     directory: Path
-    port: int
+    port: int = 0
     process: subprocess.Popen[bytes] | None = None
     _numbers: count[int] = field(default_factory=count)
 
@@ -76,37 +96,39 @@ class Seaweed:
     def create(cls, directory: Path) -> Seaweed:
         directory.joinpath("users.json").write_text(json.dumps(users()))
         directory.joinpath("data").mkdir()
-        return cls(directory, free_port())
+        return cls(directory)
 
     def start(self) -> None:
-        """Returns once it answers."""
-        ports = {name: free_port() for name in ("master", "volume", "filer", "grpc")}
-        flags = {
-            "dir": "data", "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "filer": "true", "s3": "true",
-            "s3.port": self.port, "s3.config": "users.json", "s3.iam": "false", "s3.port.iceberg": 0,
-            "s3.port.lance": 0, "master.port": ports["master"], "master.port.grpc": free_port(),
-            "volume.port": ports["volume"], "volume.port.grpc": free_port(), "filer.port": ports["filer"],
-            "filer.port.grpc": free_port(), "s3.port.grpc": free_port(), "master.telemetry": "false",
-            "master.volumePreallocate": "false", "master.volumeSizeLimitMB": 1024, "volume.max": 20,
-            "volume.minFreeSpacePercent": 1, "filer.localSocket": "filer.sock", "s3.localSocket": "s3.sock",
-        }  # fmt: skip
-        line = [
-            str(binary()),
-            "-logtostderr=true",
-            "server",
-            *(f"-{name}={value}" for name, value in flags.items()),
-        ]
+        """Returns once it answers. Another program may take a port that was free a moment ago: then once more."""
+        for _ in range(START_ATTEMPTS):
+            self._spawn()
+            until = time.monotonic() + READY_S
+            while self._runs() and time.monotonic() < until:
+                if self._answers():
+                    return
+                time.sleep(0.1)
+            self._kill()
+        said = self.directory.joinpath("output").read_text(errors="replace")
+        raise AssertionError(f"SeaweedFS did not start; its output ends with:\n{said[-4000:]}")
+
+    def _spawn(self) -> None:
+        ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+        self.port = ports["s3.port"]
+        flags = [f"-{name}={value}" for name, value in (FLAGS | ports).items()]
+        line = [str(binary()), "-logtostderr=true", "server", *flags]
         with self.directory.joinpath("output").open("ab") as output:
             self.process = subprocess.Popen(
                 line, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip
-        until = time.monotonic() + READY_S
-        while not self._answers():
-            if self.process.poll() is not None or time.monotonic() > until:
-                said = self.directory.joinpath("output").read_text(errors="replace")
-                raise AssertionError(f"SeaweedFS did not start; its output ends with:\n{said[-4000:]}")
-            time.sleep(0.1)
+
+    def _runs(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def _kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
     def _answers(self) -> bool:
         """Whether the bucket is there, or can be made: the gateway is up before what is behind it."""
@@ -138,7 +160,5 @@ class Seaweed:
         return FEDERATIONS[next(self._numbers)]
 
     def end(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+        self._kill()
         shutil.rmtree(self.directory, ignore_errors=True)

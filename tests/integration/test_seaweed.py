@@ -9,7 +9,7 @@ from broker.errors import ChunksMissing, StoreFailed
 from broker.payloads import Assembly, describe, verify
 from broker.store import Store
 from broker.topology import Topology
-from tests.seaweed import BUCKET, Seaweed
+from tests.seaweed import BUCKET, ONLOOKER, Seaweed
 
 pytestmark = pytest.mark.xdist_group("seaweed")
 
@@ -56,6 +56,14 @@ async def test_a_participant_can_delete_nothing_of_others(seaweed: Seaweed, topo
     await aggregator.upload(model, WHERE, BLOB)
     with pytest.raises(StoreFailed, match="PermissionError"):
         await p01.delete(model)
+    assert await fetched(aggregator, model) == BLOB
+
+
+async def test_a_deletion_that_is_refused_is_told(seaweed: Seaweed, topology: Topology) -> None:
+    aggregator, model = seaweed.store(), topology.model_place("run-1")
+    await aggregator.upload(model, WHERE, BLOB)
+    with pytest.raises(StoreFailed, match=r"could not be deleted|PermissionError"):
+        await seaweed.store(ONLOOKER).delete(model)
     assert await fetched(aggregator, model) == BLOB
 
 

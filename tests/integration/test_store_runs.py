@@ -145,7 +145,7 @@ async def test_a_worker_that_is_killed_in_the_middle_of_an_upload_goes_on(
         dead.wait(30)
         raise OSError("killed")
 
-    watched = Watched(Folder(share), strikes_at(6, die))
+    watched = Watched(Folder(share), strikes_at(8, die))
     one = federation(tmp_path, watched.store(), 1)
     one.journals["p01"] = FileJournal(tmp_path / "journal")
     leader = asyncio.create_task(one.aggregator(ONE).run())
