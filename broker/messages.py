@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    model_validator,
+)
 
 from broker.topology import FEDERATION, PARTICIPANT, RESERVED
 
@@ -19,7 +27,13 @@ MAX_ITEMS = 1 << 20
 Participant = Annotated[str, StringConstraints(pattern=f"^{PARTICIPANT}$")]
 Federation = Annotated[str, StringConstraints(pattern=f"^{FEDERATION}$")]
 RunId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,60}$")]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+DIGEST_BYTES = 32
+Sha256 = Annotated[  # in hexadecimal; as bytes in a frame, where it is half of what a small message is
+    str,
+    BeforeValidator(lambda digest: digest.hex() if isinstance(digest, bytes) else digest),
+    StringConstraints(pattern=r"^[0-9a-f]{64}$"),
+    PlainSerializer(lambda digest, info: digest if info.mode_is_json() else bytes.fromhex(digest)),
+]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Text = Annotated[str, StringConstraints(max_length=2000)]
 Word = Annotated[str, StringConstraints(max_length=200)]
@@ -47,7 +61,7 @@ class Where(Part):
     """Where a payload is: behind this header (`inline`), in a stream as numbered chunks, or in the claim-check
     store (`url`) as numbered parts, at a place under its root that follows from the rest of the message."""
 
-    where: Literal["inline", "stream", "url"]
+    where: Literal["inline", "stream", "url"] = "inline"
     size_bytes: Annotated[int, Field(ge=0, le=MAX_MODEL_BYTES)]
     sha256: Sha256
     stream: Word = ""
@@ -101,7 +115,7 @@ class UpdateReady(FromParticipant):
     epoch: Count  # of the TrainRound that it answers
     task: Count
     base_sha256: Sha256  # of the model that it started from
-    arrays: Arrays
+    arrays: Arrays = "delta"
     num_examples: Annotated[int, Field(ge=1, le=MAX_COUNT)]
     metrics: Metrics = {}
     seconds: Annotated[float, Field(ge=0)] = 0.0

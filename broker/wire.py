@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from broker.errors import BadMessage
 from broker.head import HeadRecord
 from broker.messages import (
+    DIGEST_BYTES,
     MAX_ITEMS,
     Answer,
     Barrier,
@@ -81,7 +82,7 @@ def decode(frame: bytes, limits: Limits = FROM_AGGREGATOR) -> tuple[Message, mem
             header,
             use_list=False,
             max_str_len=len(header),
-            max_bin_len=0,
+            max_bin_len=DIGEST_BYTES,
             max_array_len=min(limits.items, len(header)),
             max_map_len=limits.items,
             max_ext_len=0,

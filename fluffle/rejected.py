@@ -129,7 +129,7 @@ def _kind(quoted: bytes) -> str:
         message, _ = decode(quoted)
     except BadMessage as bad:
         return f"cannot be read: {bad.reason}"
-    return f"{message.kind}: {message.model_dump(exclude_defaults=True)}"
+    return f"{message.kind}: {message.model_dump(mode='json', exclude_defaults=True)}"
 
 
 def _offset(one: Refused) -> str:

@@ -268,7 +268,9 @@ def test_a_message_for_a_large_federation_fits() -> None:
         (frame(header(kind="nonsense")), "unknown kind of message 'nonsense'"),
         (frame(msgpack.packb({"kind": "join", 7: 7})), "not valid msgpack"),
         (frame(msgpack.packb({"kind": "join", b"participant": "p01"})), "join message|not valid msgpack"),
-        (frame(msgpack.packb({"kind": "leave", "participant": b"p01"})), "not valid msgpack"),
+        (frame(msgpack.packb({"kind": "leave", "participant": b"p01"})), "field 'participant'"),
+        (frame(msgpack.packb({"kind": "leave", "participant": b"p" * 33})), "not valid msgpack"),
+        (frame(header(**UPDATE | {"base_sha256": b"\0" * 31})), "field 'base_sha256'"),
         (frame(header(kind="join")), "field 'participant': Field required"),
         (frame(header(**JOIN, colour="red")), "field 'colour': Extra inputs are not permitted"),
         (frame(header(**JOIN, task="7")), "field 'task': Input should be a valid integer"),
@@ -388,3 +390,15 @@ def test_no_mutation_of_a_frame_does_more_than_be_refused() -> None:
             assert type(found) in KINDS.values()
             assert len(payload) < len(damaged)
         assert understood > 20
+
+
+@pytest.mark.parametrize("chunks", [0, 20])
+def test_the_envelope_of_an_update_is_small(chunks: int) -> None:
+    """Everything that is not the body: names as they are in practice, a metric, and two digests."""
+    where = Where(where="stream" if chunks else "inline", size_bytes=20_000_000, sha256="a" * 64, chunks=chunks)
+    update = an_update(
+        participant="p07", run_id="digits-20261125-183012-4f2a", epoch=2, task=120, base_sha256="b" * 64,
+        arrays="delta", num_examples=96_000, metrics={"loss": 0.25}, seconds=12.5, codec="topk:0.01+zstd",
+        body=where,
+    )  # fmt: skip
+    assert len(encode(update)) <= 300

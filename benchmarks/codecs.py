@@ -1,0 +1,225 @@
+"""W5: what codecs save, and what they cost in accuracy.
+
+    python -m benchmarks.codecs
+
+Real training in whole runs on the embedded broker, for every codec: MNIST (`mnist-2nn`, `mnist-logreg`) and digits,
+with ten participants whose data is alike (`iid`) or skewed (`dirichlet:0.5`). Accuracy is the mean of the last five
+rounds and of up to three seeds, on examples that nobody trains on. Bytes are those of each update's whole message,
+of which the envelope is what is not its body. Writes `benchmarks/results/codecs.json` and `docs/codecs.png`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean
+
+import click
+from matplotlib.figure import Figure
+
+from benchmarks.measure import RESULTS, Line, line, report, table, write
+from broker.errors import BadMessage
+from broker.memory import MemoryBroker
+from broker.messages import MAX_ITEMS, Chunk, UpdateReady
+from broker.topology import AGGREGATOR, Topology
+from broker.wire import decode, encode
+from fluffle.chaos.processes import ROOT
+from fluffle.config import from_values, load_config
+from fluffle.display import LogDisplay
+from fluffle.learning import task_defaults
+from fluffle.logs import configure_logs
+from fluffle.rundir import RunDir
+from fluffle.simulation import plan_simulation, run_simulation
+
+CODECS = (
+    "none", "none+zstd", "fp16+zstd", "bf16+zstd", "int8", "int8+zstd", "qsgd:127+zstd", "qsgd:7+zstd",
+    "topk:0.1+zstd", "topk:0.01+zstd", "sign", "powersgd:4",
+)  # fmt: skip
+PARTITIONS = ("iid", "dirichlet:0.5")
+SEEDS = (1, 2, 3)
+SEEDS_OF = {"digits": 3, "mnist-logreg": 3, "mnist-2nn": 1}  # tasks, and how many seeds each
+PARTICIPANTS, LAST = 10, 5
+ROUNDS_OF = {"digits": 40, "mnist-logreg": 40, "mnist-2nn": 30}
+MOST_LOST = {"fp16": 0.005, "bf16": 0.005, "int8": 0.005, "topk:0.01": 0.025}
+LEAST_FEWER = {"topk:0.01": 35.0}
+MOST_ENVELOPE = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run: mean accuracy of its last rounds, and bytes of an update. `rounds`: accuracy after each."""
+
+    task: str
+    partition: str
+    codec: str
+    seed: int
+    accuracy: float
+    update_bytes: float
+    envelope_bytes: int
+    rounds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What a codec comes to on one task: means over the seeds, beside the runs of the same seeds without."""
+
+    task: str
+    partition: str
+    codec: str
+    accuracy: float
+    lost: float
+    update_bytes: float
+    fewer: float  # times fewer bytes
+    envelope_bytes: int  # at most
+
+
+# -- one run ---------------------------------------------------------------------------------------------------
+
+
+def run(task: str, partition: str, codec: str, seed: int) -> Run:
+    """In this process."""
+    with tempfile.TemporaryDirectory(prefix="fluffle-bench-") as directory:
+        chosen = {
+            "task": task,
+            "data.partition": partition,
+            "codec.up": codec,
+            "run.seed": seed,
+            "run.dir": f"{directory}/run",
+            "stop.rounds": ROUNDS_OF[task],
+            "round.participants": PARTICIPANTS,
+            "round.deadline_s": 3600.0,
+        }
+        config = load_config(from_values(chosen), defaults=task_defaults)
+        plan, directory_of_run = plan_simulation(config), RunDir(config.run_dir)
+        directory_of_run.begin(config, resume=False)
+        reports: list[float] = []
+        display = LogDisplay()
+        display.on_report = lambda report: reports.append(report.metrics["accuracy"])  # type: ignore[method-assign]
+        asyncio.run(run_simulation(plan, display))
+        assert isinstance(plan.broker, MemoryBroker)
+        sizes = asyncio.run(_sizes(plan.broker, config.broker.federation))
+    assert len(sizes) == ROUNDS_OF[task] * PARTICIPANTS
+    accuracy = mean(reports[-LAST:])
+    bytes_of_all = mean(envelope + body for envelope, body in sizes)
+    return Run(task, partition, codec, seed, accuracy, bytes_of_all, max(e for e, _ in sizes), tuple(reports))
+
+
+async def _sizes(broker: MemoryBroker, federation: str) -> list[tuple[int, int]]:
+    """Of every update that was published: what is not its body, and its body. Headers of chunks count."""
+    reader = await broker.connect(AGGREGATOR, purpose="audit")
+    inbox = await reader.read(Topology(federation).updates, offset="first")
+    sizes = []
+    while (delivery := await inbox.get(0)) is not None:
+        try:
+            message, payload = decode(delivery.body)
+        except BadMessage:  # a barrier's neighbour: nothing of ours
+            continue
+        if isinstance(message, UpdateReady) and message.body:
+            body = message.body
+            chunk = len(encode(Chunk(of=body.sha256, index=MAX_ITEMS - 1, crc32=(1 << 32) - 1)))
+            sizes.append((len(delivery.body) - len(payload) + body.chunks * chunk, body.size_bytes))
+    return sizes
+
+
+# -- all of them -----------------------------------------------------------------------------------------------
+
+
+def points(runs: Sequence[Run]) -> Iterator[Point]:
+    """Means over the seeds, beside `none` on the same task."""
+    for task, partition, codec in sorted({(run.task, run.partition, run.codec) for run in runs}):
+        mine = [run for run in runs if (run.task, run.partition, run.codec) == (task, partition, codec)]
+        plain = [run for run in runs if (run.task, run.partition, run.codec) == (task, partition, "none")]
+        accuracy, update_bytes = mean(run.accuracy for run in mine), mean(run.update_bytes for run in mine)
+        yield Point(
+            task=task,
+            partition=partition,
+            codec=codec,
+            accuracy=round(accuracy, 4),
+            lost=round(mean(run.accuracy for run in plain) - accuracy, 4),
+            update_bytes=round(update_bytes, 1),
+            fewer=round(mean(run.update_bytes for run in plain) / update_bytes, 2),
+            envelope_bytes=max(run.envelope_bytes for run in mine),
+        )
+
+
+def lines(found: Sequence[Point]) -> Iterator[Line]:
+    """Each aim, on each task."""
+    for point in found:
+        base, where = point.codec.removesuffix("+zstd"), f"{point.codec}, {point.task} {point.partition}"
+        if base in MOST_LOST:
+            yield line("W5", f"accuracy lost: {where}", "", point.lost, most=MOST_LOST[base])
+        if base in LEAST_FEWER:
+            yield line("W5", f"times fewer bytes: {where}", "", point.fewer, least=LEAST_FEWER[base])
+    yield line("W5", "envelope", "bytes", max(p.envelope_bytes for p in found), most=MOST_ENVELOPE)
+
+
+def draw(found: Sequence[Point], path: Path) -> None:
+    tasks = sorted({point.task for point in found})
+    figure = Figure(figsize=(9.6, 3.0 * len(tasks)), layout="constrained")
+    grid = figure.subplots(len(tasks), len(PARTITIONS), squeeze=False)
+    for (row, task), (column, partition) in product(enumerate(tasks), enumerate(PARTITIONS)):
+        axes = grid[row][column]
+        for point in (p for p in found if (p.task, p.partition) == (task, partition)):
+            axes.plot(point.update_bytes, point.accuracy, "o", color="C0")
+            at = (point.update_bytes, point.accuracy)
+            axes.annotate(point.codec, at, (3, 3), textcoords="offset points", size=6)
+        axes.set_xscale("log")
+        axes.set_title(f"{task}, {partition}", size=9)
+        axes.set_xlabel("bytes of an update")
+        axes.set_ylabel("accuracy")
+    figure.savefig(path, dpi=110)
+
+
+def page(found: Sequence[Point]) -> str:
+    """The table of the documentation."""
+    rows = [
+        (f"`{p.codec}`", p.task, p.partition, f"{p.accuracy:.4f}", f"{p.lost:+.4f}", f"{p.update_bytes:,.0f}",
+         f"{p.fewer:.1f}")
+        for p in sorted(found, key=lambda p: (p.task, p.partition, CODECS.index(p.codec)))
+    ]  # fmt: skip
+    head = ("Codec", "Task", "Partition", "Accuracy", "Lost", "Bytes of an update", "Times fewer")
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
+
+
+def planned(tasks: Sequence[str], codecs: Sequence[str]) -> Iterator[tuple[str, str, str, int]]:
+    for task, partition in product(tasks, PARTITIONS):
+        for codec, seed in product(codecs, SEEDS[: SEEDS_OF[task]]):
+            yield task, partition, codec, seed
+
+
+@click.command()
+@click.option("--task", "tasks", multiple=True, default=tuple(SEEDS_OF), help="Only these.")
+@click.option("--codec", "codecs", multiple=True, default=CODECS, help="Only these, and none.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS / "codecs.json")
+def main(tasks: tuple[str, ...], codecs: tuple[str, ...], out: Path) -> None:
+    """Measures, prints a table, and writes everything as JSON. What was measured already is kept beside it."""
+    configure_logs("warning")
+    done = out.with_suffix(".runs.jsonl")
+    runs = [Run(**json.loads(row)) for row in done.read_text().splitlines()] if done.exists() else []
+    known = {(run.task, run.partition, run.codec, run.seed) for run in runs}
+    for which in planned(tasks, [*dict.fromkeys(("none", *codecs))]):
+        if which not in known:
+            runs.append(run(*which))
+            with done.open("a") as file:
+                file.write(json.dumps(asdict(runs[-1])) + "\n")
+            click.echo(f"{which}: accuracy {runs[-1].accuracy:.4f}, {runs[-1].update_bytes:.0f} bytes", err=True)
+    found = list(points(runs))
+    draw(found, ROOT / "docs" / "codecs.png")
+    click.echo(page(found))
+    click.echo(table(list(lines(found))))
+    write(
+        report(
+            "codecs", list(lines(found)), {"points": [asdict(p) for p in found], "runs": [asdict(r) for r in runs]}
+        ),
+        out,
+    )
+    done.unlink()
+
+
+if __name__ == "__main__":
+    main()
