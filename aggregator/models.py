@@ -71,8 +71,8 @@ class Models:
         blob = await self._archive.load(where.sha256)
         if blob is None:
             raise ModelMissing(
-                f"model {where.sha256[:12]} is neither on the broker nor in a store nor among the checkpoints here: "
-                "the lead goes to an aggregator that has it; start one where its run directory is"
+                f"model {where.sha256[:12]} is neither on the broker nor in a store nor among the checkpoints "
+                "here: the lead goes to an aggregator that has it; start one where its run directory is"
             )
         return blob, False
 
