@@ -71,7 +71,7 @@ class Models:
         blob = await self._archive.load(where.sha256)
         if blob is None:
             raise ModelMissing(
-                f"model {where.sha256[:12]} is neither on the broker (or in the store) nor among the checkpoints "
+                f"model {where.sha256[:12]} is neither on the broker nor in a store nor among the checkpoints "
                 "here: the lead goes to an aggregator that has it; start one where its run directory is"
             )
         return blob, False
