@@ -35,6 +35,7 @@ from workers.journal import MemoryJournal
 from workers.link import WorkerSettings
 from workers.task import TrainConfig
 from workers.tasks import find_object
+from workers.thread import TrainingThread
 from workers.worker import Site, Worker, always
 
 
@@ -71,7 +72,7 @@ async def federate(load: Load, directory: Path) -> Rounds:
     broker, topology, rounds = MemoryBroker(Topology("default").access), Topology("default"), Rounds()
     connection = await broker.connect(AGGREGATOR, purpose="set up")
     await connection.declare(*topology.aggregator_declarations())
-    make, thread = find_object(load.task), ThreadPoolExecutor(1, "train")
+    make, thread = find_object(load.task), TrainingThread()
     settings = WorkerSettings(heartbeat_s=load.heartbeat_s)
     workers = [
         Worker(Site(name, always(make(name, "")), MemoryJournal(), thread), broker, topology, settings)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -34,6 +33,7 @@ from workers.link import WorkerSettings
 from workers.modules import use_threads
 from workers.partition import Shard, Shares
 from workers.tasks import find_task
+from workers.thread import TrainingThread
 from workers.torch_task import TaskDefinition
 from workers.trainer import Sizes
 from workers.worker import Site, Worker, always
@@ -95,7 +95,7 @@ async def run_simulation(plan: Plan, display: Display, *, abandon: str = "") -> 
 async def _in_one_process(plan: Plan, display: Display) -> HeadRecord:
     """All participants share one training thread with one torch thread, so that equal seeds give equal bits."""
     await _set_up(plan.broker, Topology(plan.config.broker.federation))
-    thread = ThreadPoolExecutor(1, "train")
+    thread = TrainingThread()
     try:
         async with asyncio.TaskGroup() as group:
             workers = [_worker(plan, shard, thread) for shard in plan.shares.shards]
@@ -121,7 +121,7 @@ async def _set_up(broker: Broker, topology: Topology) -> None:
     await connection.close()
 
 
-def _worker(plan: Plan, shard: Shard, thread: ThreadPoolExecutor) -> Worker:
+def _worker(plan: Plan, shard: Shard, thread: TrainingThread) -> Worker:
     config = plan.config
     held_out = shard.held_out if len(shard.held_out) else None
     task = plan.definition.bind(shard.train, held_out, shard.name)

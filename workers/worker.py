@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,12 +25,13 @@ from broker.tensors import Buffer
 from broker.tensors import decode as decode_arrays
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
-from broker.wire import decode
+from broker.wire import decode, decode_again
 from workers.journal import Held, Journal
 from workers.link import Link, WorkerSettings
 from workers.residual import Residual
 from workers.status import WorkerStatus, waits_for
 from workers.task import LearningTask, WorkAbandoned
+from workers.thread import TrainingThread
 from workers.trainer import Errand, Finished, carry_out, train_config
 from workers.upload import Upload
 
@@ -58,7 +58,7 @@ class Site:
     participant: str
     task_for: TaskFor
     journal: Journal
-    executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "train"))
+    thread: TrainingThread = field(default_factory=TrainingThread)
     store: Store | None = None
 
 
@@ -297,7 +297,7 @@ class Worker:
         def work() -> Finished:
             return carry_out(self.site.task_for(order.told), errand, config, self._settings.sizes)
 
-        finished = await asyncio.get_running_loop().run_in_executor(self.site.executor, contained(work))
+        finished = await self.site.thread.run(contained(work))
         await self._lag(self._settings.lag_s(finished.held.update.seconds))
         return finished  # what is finished is published, even if it may be late: the ledger shall know
 
@@ -332,7 +332,7 @@ def is_over(told: TrainRound, run_id: str) -> bool:
 
 def _read(delivery: Delivery) -> Order | None:
     try:
-        told, payload = decode(delivery.body)
+        told, payload = decode_again(delivery.body)
     except BadMessage:
         return None
     return Order(told, payload) if isinstance(told, TrainRound) and delivery.sender == AGGREGATOR else None
