@@ -60,7 +60,7 @@ def _late(update: UpdateReady, head: HeadRecord, staleness: int, settings: Round
 def _answers(update: UpdateReady, opened: OpenRound) -> Judgement:
     if update.epoch < opened.epoch:
         return Judgement("refused", f"epoch {update.epoch} is older than task {opened.task} (epoch {opened.epoch})")
-    if update.participant not in opened.cohort:
+    if not opened.asks(update.participant):
         return Judgement("refused", f"{update.participant} was not asked for task {opened.task}")
     if (update.arrays == "none") != (opened.work == "evaluate"):
         return Judgement("refused", f"arrays {update.arrays!r} do not answer work {opened.work!r}")

@@ -21,6 +21,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from aggregator.archive import BEHIND_S
 from aggregator.daemon import Aggregator
 from aggregator.history import RoundReport
 from aggregator.job import Job, Surroundings
@@ -78,7 +79,7 @@ async def federate(load: Load, directory: Path) -> Rounds:
         Worker(Site(name, always(make(name, "")), MemoryJournal(), thread), broker, topology, settings)
         for name in load.names
     ]
-    around = Surroundings(on_report=rounds.note, on_notice=lambda event, fields: None)
+    around = Surroundings(on_report=rounds.note, on_notice=lambda event, fields: None, behind_s=BEHIND_S)
     async with asyncio.TaskGroup() as group:
         for worker in workers:
             group.create_task(worker.run())

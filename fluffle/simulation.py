@@ -12,6 +12,7 @@ from functools import partial
 
 import structlog
 
+from aggregator.archive import BEHIND_S
 from aggregator.daemon import Aggregator
 from aggregator.job import Surroundings
 from aggregator.strategies import make_strategy
@@ -140,7 +141,10 @@ def _aggregator(plan: Plan, display: Display, abandon: str = "") -> Aggregator:
     job = replace(
         job, abandon=abandon, from_checkpoint=True
     )  # the command refuses a used directory unless it is to resume
-    around = Surroundings(on_report=display.on_report, on_notice=partial(notice, display), store=plan.store)
+    around = Surroundings(
+        on_report=display.on_report, on_notice=partial(notice, display), store=plan.store,
+        behind_s=BEHIND_S if plan.config.broker.url == "memory" else 0.0,
+    )  # fmt: skip
     return Aggregator(job, plan.broker, plan.config.run_dir, around)
 
 

@@ -156,9 +156,10 @@ class Worker:
             )
             await delivery.ack()
             return
-        if self.participant in order.told.asked:
+        if order.told.asks(self.participant):
             await self.site.journal.save_order(delivery.body)
-        await self._consider(order.told)  # before it is begun: what it owes depends on the fate of the last update
+        # Before it is begun: what it owes depends on the fate of the last update.
+        await self._consider(order.told, is_new=before is None or order.told.rank != before.rank)
         self._order, self._is_news = order, True
         self._news.set()
         await delivery.ack()
@@ -169,15 +170,18 @@ class Worker:
         elif before and before.epoch != order.told.epoch:
             await self.on_heartbeat()  # a new leader wants to know who is there
 
-    async def _consider(self, told: TrainRound) -> None:
-        """What an order means for the work in hand and for the held update."""
+    async def _consider(self, told: TrainRound, *, is_new: bool) -> None:
+        """What an order means for the work in hand and for the held update.
+
+        One that was heard before may have crossed the update: to answer it would begin an endless conversation.
+        """
         doing, held = self._training, self._held
         if doing and (is_over(told, doing.run_id) or (told.task != doing.task and not told.late_counts)):
             self._abandoned.set()
         if held and not await self._settle(held, told):
             if told.fates.get(self.participant, (0, "missing"))[0] == held.update.task:
                 await self._send_again(held)
-            elif told.task == held.update.task and self.participant in told.asked:
+            elif is_new and told.task == held.update.task and told.asks(self.participant):
                 await self.on_heartbeat()  # it did not have it when it asked; has it come meanwhile?
 
     async def _settle(self, held: Held, told: TrainRound) -> bool:
@@ -252,7 +256,7 @@ class Worker:
         self._notice("update_sent", task=held.update.task)
 
     def _is_to_do(self, told: TrainRound) -> bool:
-        if self.participant not in told.asked or told.work == "none" or told.finished:
+        if not told.asks(self.participant) or told.work == "none" or told.finished:
             return False
         held = self._held and (self._held.update.run_id, self._held.update.task) == (told.run_id, told.task)
         return not held and self._done != (told.run_id, told.task, told.attempt)
