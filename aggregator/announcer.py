@@ -19,7 +19,7 @@ from broker.wire import encode
 
 log = structlog.get_logger(__name__)
 
-FANOUT = 100  # up to so many participants share one message; beyond, each gets its own slice of it
+FANOUT = 1000  # up to so many participants share one message; beyond, each gets its own slice of it
 
 Fates = Mapping[str, tuple[int, Fate]]
 
@@ -61,7 +61,7 @@ class Announcer:
         missing = open_round.missing if open_round else []
         head = self._lead.record
         if len(live) <= FANOUT and len(missing) <= FANOUT:
-            fates = {p: fate for p, fate in head.settled.items() if p in set(live)}
+            fates = {p: head.settled[p] for p in live if p in head.settled}
             await self._publish(EVERYONE, self._order(open_round, missing, fates, now), len(live))
         else:
             closed = head.closed.task if head.closed else 0

@@ -39,6 +39,7 @@ class Checkpoints:
     def __init__(self, directory: Path | str, *, keep_newest: int = 3) -> None:
         self.directory = Path(directory)
         self.keep_newest = keep_newest
+        self._read: dict[Path, tuple[tuple[int, ...], HeadRecord | None]] = {}  # manifests, as they were last seen
         with _disk(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
 
@@ -105,8 +106,14 @@ class Checkpoints:
 
     def _records(self) -> dict[Path, HeadRecord]:
         with _disk(self.directory):
-            found = {path: self._record(path) for path in self.directory.glob("v*.json")}
-        return {path: record for path, record in found.items() if record is not None}
+            self._read = {path: self._seen(path) for path in self.directory.glob("v*.json")}
+        return {path: record for path, (_, record) in self._read.items() if record is not None}
+
+    def _seen(self, path: Path) -> tuple[tuple[int, ...], HeadRecord | None]:
+        """The manifest there; it is read again only if it was replaced."""
+        identity = _identity(path)
+        known = self._read.get(path)
+        return known if known and identity and known[0] == identity else (identity, self._record(path))
 
     def _record(self, path: Path) -> HeadRecord | None:
         try:
@@ -159,6 +166,15 @@ def _manifest(record: HeadRecord, model: Where, tensors: list[dict[str, Any]]) -
         "tensors": tensors,
         "head": record.model_dump(mode="json"),
     }
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Another one for every file that ever had that name; nothing if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _age_s(path: Path) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -88,7 +89,7 @@ class Aggregator:
         Raises AccessRefused if it was refused before it ever got in, for then name or password are wrong; and
         MessageTooLarge, for the next term would send the same.
         """
-        archive = await asyncio.to_thread(Archive, self._directory)
+        archive = await asyncio.to_thread(partial(Archive, self._directory, behind_s=self._around.behind_s))
         try:
             while True:
                 try:
@@ -103,7 +104,7 @@ class Aggregator:
                     log.warning("term_ended", reason=str(lost), next_try_s=round(pause_s, 2))
                     await asyncio.sleep(pause_s)
         finally:
-            archive.close()
+            await archive.close()
 
     def status(self, now: float) -> RunStatus:
         """What this process does at `now`, and what it waits for."""
@@ -226,7 +227,7 @@ class Term:
         self.blob, reading = await takeover.take_over(self.began)
         self.model = tensors.decode(self.blob)
         await asyncio.to_thread(self.archive.poison.count, self.head.run_id)
-        await self.archive.note(self.head)  # the leader before may have died before it could
+        self.archive.note(self.head)  # the leader before may have died before it could
         self.registry = Registry(self.head.members, self.began, self.settings.broker.liveness_s)
         for participant in self.head.members:
             await self.intake.prepare(participant, self.head.model)
@@ -290,7 +291,7 @@ class Term:
             raise BadMessage(f"{message.participant} was removed by the operator")
         came = self.registry.hear(message.participant, self.around.clock())
         if came and self.round is None and self.caught_up:
-            live = len(self.registry.live(self.around.clock()))
+            live = self.registry.count(self.around.clock())
             self._note("waiting_for_participants", live=live, expected=self.settings.round.participants)
         match message:
             case UpdateReady():
@@ -426,11 +427,11 @@ class Term:
 
     async def _advance(self, now: float) -> None:
         if self.round is None:
-            live = self.registry.live(now)
             if self.head.wanted == "stop":
                 why = why_finished(self.head, self.settings, now)
                 await self._commit_progress(self.head.with_(closed=None, finished=why))
-            elif plan.enough(self.head, live, self.settings, now - self.began):
+            elif plan.enough(self.head, self.registry.count(now), self.settings, now - self.began):
+                live = self.registry.live(now)
                 await self._commit_progress(
                     plan.opened(self.head, "train", live, self.settings, now).with_(closed=None)
                 )
@@ -470,7 +471,8 @@ class Term:
         self.bytes_up = self.announcer.bytes_down = 0
         record, live = record.with_(closed=closed, open=None), self.registry.live(now)
         await self._commit_progress(plan.continued(record, opened.work, live, self.settings, now))
-        self.around.on_report(report_of(self.head, closed))
+        if report := report_of(self.head):
+            self.around.on_report(report)
         if not self.head.finished:
             await self._announce()
         await self.garbage.collect(self.head, now)
@@ -516,7 +518,7 @@ class Term:
         self._start_round()
         await self.intake.forget(self.head.removed)
         if self.head.run_id == self.settings.run_id:
-            await self.archive.note(self.head)
+            self.archive.note(self.head)
         else:
             await self.archive.note_fates(self.head)
 
@@ -529,6 +531,7 @@ class Term:
         await self.garbage.collect(self.head, self.around.clock())
 
     async def _commit(self, record: HeadRecord) -> None:
+        await self.archive.keep_up()
         await commit(self.lead, record, self.blob)
         self.refresh_at = self.around.clock() + self.settings.broker.refresh_s
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from broker.errors import StateError
-from broker.head import Decision
+from broker.head import Decision, HeadRecord
 from broker.messages import Verdict
 
 APPLICATION = 0x464C4659  # "FLFY": tells our files from other programs' databases
@@ -112,10 +112,30 @@ class History:
             self._db.close()
 
     def record(self, report: RoundReport, decided: Sequence[Decision]) -> None:
-        """Stores what one committed record closed and decided in one transaction: all of it, or nothing."""
+        """Stores a closed round and what was decided in it in one transaction: all of it, or nothing."""
         with self._transaction():
-            self._db.execute(_insert("rounds", ROUND_FIELDS), _round_row(report))
+            self._add_round(report)
             self._add_lines(report.run_id, decided)
+
+    def record_all(self, records: Sequence[tuple[HeadRecord, RoundReport | None]]) -> None:
+        """Stores what committed records closed and decided in one transaction."""
+        with self._transaction():
+            for record, report in records:
+                if report is not None:
+                    self._add_round(report)
+                self._add_lines(record.run_id, record.decided)
+
+    def forget_after(self, record: HeadRecord) -> None:
+        """Deletes what records of this run said that came after this one."""
+        with self._transaction():
+            self._db.execute(
+                "DELETE FROM rounds WHERE run_id = ? AND (epoch, seq) > (?, ?)",
+                (record.run_id, record.epoch, record.seq),
+            )
+            self._db.execute(
+                'DELETE FROM ledger WHERE run_id = ? AND (epoch > ? OR epoch = ? AND "offset" >= ?)',
+                (record.run_id, record.epoch, record.epoch, record.updates_from),
+            )
 
     def record_decided(self, run_id: str, decided: Sequence[Decision]) -> None:
         """Stores what a committed record that closed no round decided."""
@@ -148,6 +168,9 @@ class History:
     def runs(self) -> list[str]:
         """The runs that this file knows, by name."""
         return [name for (name,) in self._query("SELECT run_id FROM rounds UNION SELECT run_id FROM ledger")]
+
+    def _add_round(self, report: RoundReport) -> None:
+        self._db.execute(_insert("rounds", ROUND_FIELDS), _round_row(report))
 
     def _add_lines(self, run_id: str, decided: Sequence[Decision]) -> None:
         lines = [(run_id, *(getattr(decision, name) for name in LEDGER_FIELDS)) for decision in decided]

@@ -59,9 +59,14 @@ def log_notice(event: str, fields: Mapping[str, object]) -> None:
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """Time and listeners, so that tests and simulations bring their own; and the claim-check store, if there is
-    one: then large bodies go there and not through the broker."""
+    one: then large bodies go there and not through the broker.
+
+    `behind_s`: by how many seconds files may lag behind what was committed, where nothing outlives the process
+    anyway (see `Archive`).
+    """
 
     clock: Callable[[], float] = time.time
+    behind_s: float = 0.0
     on_report: Callable[[RoundReport], None] = log_report
     on_notice: Notice = log_notice
     store: Store | None = None

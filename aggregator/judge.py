@@ -30,10 +30,10 @@ def judge(update: UpdateReady, head: HeadRecord, settled: Settled, settings: Rou
     last_task, last_verdict = settled.get(update.participant, (0, "refused"))
     if update.task < last_task or (update.task == last_task and last_verdict != "refused"):
         return Judgement("duplicate", f"task {update.task} of {update.participant} was decided before")
-    base = {task: (version, sha256) for task, version, sha256 in head.lineage}.get(update.task)
+    base = next((line for line in reversed(head.lineage) if line[0] == update.task), None)
     if base is None:
         return Judgement("late", f"task {update.task} is older than any that is remembered")
-    version, sha256 = base
+    _, version, sha256 = base
     if update.base_sha256 != sha256:
         return Judgement("refused", f"base model {update.base_sha256[:12]} is not version {version} of this run")
     if head.open is None or update.task != head.open.task:
@@ -60,7 +60,7 @@ def _late(update: UpdateReady, head: HeadRecord, staleness: int, settings: Round
 def _answers(update: UpdateReady, opened: OpenRound) -> Judgement:
     if update.epoch < opened.epoch:
         return Judgement("refused", f"epoch {update.epoch} is older than task {opened.task} (epoch {opened.epoch})")
-    if update.participant not in opened.cohort:
+    if not opened.asks(update.participant):
         return Judgement("refused", f"{update.participant} was not asked for task {opened.task}")
     if (update.arrays == "none") != (opened.work == "evaluate"):
         return Judgement("refused", f"arrays {update.arrays!r} do not answer work {opened.work!r}")

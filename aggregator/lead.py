@@ -62,7 +62,7 @@ class Lead:
 
     async def commit(self, record: HeadRecord, payload: Buffer) -> None:
         """Replaces the record: published, confirmed, delivered back, and only then the previous one acked."""
-        record = record.with_(by=self.name)
+        record = record.checked(by=self.name)
         if record.rank <= self.record.rank:
             raise ValueError(f"record {record.rank} does not follow {self.record.rank}")
         returned = await self._publish_and_see(record, payload)
@@ -87,19 +87,21 @@ class Lead:
         return held
 
     async def _publish_and_see(self, record: HeadRecord, payload: Buffer) -> Delivery:
-        await self._publish(record, payload)
+        frame = await self._publish(record, payload)
         while True:
             delivery = await self._next(f"record {record.rank}")
-            found, _ = _record(delivery)
-            if (found.rank, found.by) == (record.rank, self.name):
+            if delivery.body == frame:
                 return delivery
+            found, _ = _record(delivery)
             if found.rank > record.rank:
                 raise LeadershipLost(f"record {found.rank} by {found.by} outranks {record.rank}: another one leads")
             await delivery.ack()  # a standby's genesis, or a former leader's record that nobody waits for
             log.info("foreign_record_dropped", rank=found.rank, by=found.by)
 
-    async def _publish(self, record: HeadRecord, payload: Buffer = b"") -> None:
-        await publish(self.writer, "", self._queue, encode(record, payload), timeout_s=self._patience_s)
+    async def _publish(self, record: HeadRecord, payload: Buffer = b"") -> bytes:
+        frame = encode(record, payload)
+        await publish(self.writer, "", self._queue, frame, timeout_s=self._patience_s)
+        return frame
 
     async def _next(self, awaited: str) -> Delivery:
         delivery = await self._inbox.get(self._patience_s)

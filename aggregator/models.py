@@ -37,12 +37,15 @@ class Models:
         self._archive = archive
 
     async def put(self, run_id: str, blob: Buffer) -> Where:
-        """Puts a body on the disk, and where others find it if it is too large to travel inline, before it is
-        named."""
+        """Puts a body on the disk, and where others find it, before it is named; unless the record itself carries
+        it."""
         where = await off_loop(len(blob), self._describe, blob)
+        if where.where == "inline":
+            self._archive.keep(where.sha256, blob)
+            return where
         if where.where == "stream":
             where = await self._put_chunks(run_id, where, blob)
-        elif where.where == "url":
+        else:
             await self.put_again(run_id, where, blob)
         await self._archive.store(where.sha256, blob)
         return where

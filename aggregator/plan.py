@@ -14,9 +14,9 @@ from broker.head import HeadRecord, OpenRound
 Live = Sequence[str]
 
 
-def enough(record: HeadRecord, live: Live, settings: RunSettings, waited_s: float) -> bool:
-    """Whether a round can open: an operator may want that none does."""
-    return record.wanted == "run" and len(live) >= needed(record, settings, waited_s)
+def enough(record: HeadRecord, live: int, settings: RunSettings, waited_s: float) -> bool:
+    """Whether a round can open with so many: an operator may want that none does."""
+    return record.wanted == "run" and live >= needed(record, settings, waited_s)
 
 
 def needed(record: HeadRecord, settings: RunSettings, waited_s: float) -> int:
@@ -56,11 +56,11 @@ def continued(record: HeadRecord, work: str, live: Live, settings: RunSettings, 
         return opened(record, "evaluate", live, settings, now)
     if why := why_finished(record, settings, now):
         return record.with_(finished=why)
-    ready = enough(record, live, settings, waited_s=settings.round.deadline_s)
+    ready = enough(record, len(live), settings, waited_s=settings.round.deadline_s)
     return opened(record, "train", live, settings, now) if ready else record
 
 
 def has_room(opening: OpenRound, participant: str, settings: RunSettings) -> bool:
     """Whether one who comes in the middle of a round can still be asked."""
     free = len(opening.cohort) < settings.round.most_asked
-    return opening.work == "train" and free and participant not in opening.cohort
+    return opening.work == "train" and free and not opening.asks(participant)

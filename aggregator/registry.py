@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -22,8 +23,8 @@ class Registry:
 
     def hear(self, participant: str, now: float) -> bool:
         """Notes a sign of life; true if the participant was not live before."""
-        was_live = self._is_live(self._heard.get(participant), now)
-        self._heard[participant] = now
+        was_live = self._is_live(self._heard.pop(participant, None), now)
+        self._heard[participant] = now  # the last of all: whoever comes first was not heard for longest
         return not was_live
 
     def note_phase(self, participant: str, phase: Phase) -> None:
@@ -33,6 +34,13 @@ class Registry:
     def leave(self, participant: str) -> None:
         self._heard.pop(participant, None)
         self._phases.pop(participant, None)
+
+    def count(self, now: float) -> int:
+        """How many are live. Those who are not any more are forgotten here."""
+        silent = itertools.takewhile(lambda known: not self._is_live(known[1], now), self._heard.items())
+        for participant, _ in tuple(silent):
+            self.leave(participant)
+        return len(self._heard)
 
     def live(self, now: float) -> list[str]:
         """Everybody live, by name."""

@@ -36,10 +36,6 @@ class Round:
     accepted: dict[str, int] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     left: set[str] = field(default_factory=set)
-    _asked: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        self._asked = frozenset(self.open.cohort)
 
     @property
     def target(self) -> int:
@@ -63,7 +59,7 @@ class Round:
     def awaits(self, participant: str) -> bool:
         """Whether this one was asked and has neither delivered, nor failed, nor left."""
         answers = (self.accepted, self.failed, self.left)
-        return participant in self._asked and not any(participant in answered for answered in answers)
+        return self.open.asks(participant) and not any(participant in answered for answered in answers)
 
     def accept(self, participant: str, weight: int) -> None:
         self.accepted[participant] = weight
@@ -87,9 +83,9 @@ class Round:
         if opened.attempt > self.open.attempt:
             self.failed.clear()
             self.left.clear()
-        self.open, self._asked = opened, frozenset(opened.cohort)
-        self.failed &= self._asked
-        self.left &= self._asked
+        self.open = opened
+        self.failed.intersection_update(opened.cohort)
+        self.left.intersection_update(opened.cohort)
 
     def without(self, participant: str) -> OpenRound:
         """The round when one is not asked any more. What it delivered stays; a round is never nobody's."""
@@ -111,8 +107,10 @@ class Round:
     def extended(self, now: float, live: Collection[str], reserves: Sequence[str]) -> OpenRound:
         """The next attempt: who vanished or failed makes room for live `reserves`; who delivered stays."""
         cohort = self.open.cohort
-        kept = [p for p in cohort if p in self.accepted or (p in live and p not in self.failed)]
-        fresh = [p for p in reserves if p not in cohort] + [p for p in cohort if p in self.failed and p in live]
+        there = set(live)
+        kept = [p for p in cohort if p in self.accepted or (p in there and p not in self.failed)]
+        others = [p for p in reserves if not self.open.asks(p)]
+        fresh = others + [p for p in cohort if p in self.failed and p in there]
         room = max(len(cohort), self.quorum) - len(kept)
         asked = [*kept, *fresh[: max(0, room)]] or cohort
         attempt = self.open.attempt + 1

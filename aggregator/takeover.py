@@ -120,7 +120,8 @@ class Takeover:
                 f"run {saved.run_id!r} has checkpoints up to version {saved.version}, but the broker has no record "
                 "of it: go on with them (--from-checkpoint, for simulate --resume), or begin again with --fresh"
             )
-        await self._archive.note(saved)  # it may have been killed between checkpoint and history
+        await self._archive.rewind(saved)  # what was committed after it is lost, and will be done again
+        self._archive.note(saved)  # it may have been killed between checkpoint and history
         blob = await self._archive.load(saved.model.sha256)
         saved = saved.with_(wanted="run")  # whoever stopped it now wants it to go on
         over = why_finished(saved, self._job.settings, now) if saved.version else ""  # perhaps it may now go on

@@ -21,6 +21,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from aggregator.archive import BEHIND_S
 from aggregator.daemon import Aggregator
 from aggregator.history import RoundReport
 from aggregator.job import Job, Surroundings
@@ -35,6 +36,7 @@ from workers.journal import MemoryJournal
 from workers.link import WorkerSettings
 from workers.task import TrainConfig
 from workers.tasks import find_object
+from workers.thread import TrainingThread
 from workers.worker import Site, Worker, always
 
 
@@ -71,13 +73,13 @@ async def federate(load: Load, directory: Path) -> Rounds:
     broker, topology, rounds = MemoryBroker(Topology("default").access), Topology("default"), Rounds()
     connection = await broker.connect(AGGREGATOR, purpose="set up")
     await connection.declare(*topology.aggregator_declarations())
-    make, thread = find_object(load.task), ThreadPoolExecutor(1, "train")
+    make, thread = find_object(load.task), TrainingThread()
     settings = WorkerSettings(heartbeat_s=load.heartbeat_s)
     workers = [
         Worker(Site(name, always(make(name, "")), MemoryJournal(), thread), broker, topology, settings)
         for name in load.names
     ]
-    around = Surroundings(on_report=rounds.note, on_notice=lambda event, fields: None)
+    around = Surroundings(on_report=rounds.note, on_notice=lambda event, fields: None, behind_s=BEHIND_S)
     async with asyncio.TaskGroup() as group:
         for worker in workers:
             group.create_task(worker.run())

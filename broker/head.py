@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
@@ -35,6 +36,14 @@ class OpenRound(Part):
     opened: float
     deadline: float
     allowed_s: float  # for the first attempt
+
+    def asks(self, participant: str) -> bool:
+        """Whether that one is of the cohort."""
+        return participant in self._cohort
+
+    @cached_property
+    def _cohort(self) -> frozenset[str]:
+        return frozenset(self.cohort)
 
 
 class Decision(Part):
@@ -128,5 +137,9 @@ class HeadRecord(Message):
         return (self.epoch, self.seq)
 
     def with_(self, **changes: Any) -> Self:
-        """A copy with these fields replaced and checked again."""
+        """A copy with these fields replaced. It is checked when it is committed (`checked`)."""
+        return self.model_copy(update=changes)
+
+    def checked(self, **changes: Any) -> Self:
+        """A copy with these fields replaced and all fields checked again."""
         return type(self)(**{**dict(self), **changes})

@@ -90,15 +90,19 @@ class Router(Place):
     def __init__(self, spec: Exchange) -> None:
         super().__init__()
         self.spec = spec
-        self._bindings: dict[tuple[str, str], Holder] = {}
+        self._bindings: dict[str, dict[str, Holder]] = {}  # by pattern and name
+        self._wild: list[str] = []  # patterns that fit more than one key
         self._ways: dict[str, tuple[Holder, ...]] = {}
 
     def bind(self, pattern: str, holder: Holder) -> None:
-        self._bindings[pattern, holder.spec.name] = holder
+        if pattern not in self._bindings and ("*" in pattern or "#" in pattern):
+            self._wild.append(pattern)
+        self._bindings.setdefault(pattern, {})[holder.spec.name] = holder
         self._ways.clear()
 
     def unbind(self, holder: Holder) -> None:
-        self._bindings = {binding: h for binding, h in self._bindings.items() if h is not holder}
+        for bound in self._bindings.values():
+            bound.pop(holder.spec.name, None)
         self._ways.clear()
 
     def holders(self, key: str) -> tuple[Holder, ...]:
@@ -107,8 +111,9 @@ class Router(Place):
             if len(self._ways) >= WAYS_KEPT:
                 self._ways.clear()
             words = key.split(".") if key else []
-            matching = (h for (p, _), h in self._bindings.items() if matches(p.split("."), words))
-            self._ways[key] = tuple(dict.fromkeys(matching))
+            patterns = (key, *(pattern for pattern in self._wild if matches(pattern.split("."), words)))
+            holders = (holder for pattern in patterns for holder in self._bindings.get(pattern, {}).values())
+            self._ways[key] = tuple(dict.fromkeys(holders))
         return self._ways[key]
 
     def passed(self, body: bytes, copies: int) -> None:

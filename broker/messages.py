@@ -6,6 +6,7 @@ Unknown fields, wrong types, NaN and infinity are refused. `broker/wire.py` turn
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
@@ -163,6 +164,14 @@ class TrainRound(Message):
     @property
     def rank(self) -> tuple[int, int]:
         return (self.epoch, self.seq)
+
+    def asks(self, participant: str) -> bool:
+        """Whether that one shall do the work."""
+        return participant in self._asked
+
+    @cached_property
+    def _asked(self) -> frozenset[str]:
+        return frozenset(self.asked)
 
 
 class Chunk(Message):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from functools import wraps
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -23,7 +22,6 @@ async def off_loop(size_bytes: int, work: Callable[P, R], *args: P.args, **kwarg
 def contained(work: Callable[P, R]) -> Callable[P, R]:
     """`work` of a user, for a thread: a StopIteration cannot cross into a coroutine, which would wait for ever."""
 
-    @wraps(work)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return work(*args, **kwargs)

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ Arrays = dict[str, NDArray[Any]]
 Buffer = bytes | bytearray | memoryview
 
 MAX_MANIFEST_BYTES = 16 << 20
+REMEMBERED_BYTES = 64 << 10  # manifests up to this size are remembered: each round has the same one
+REMEMBERED = 32  # manifests
 MAX_TENSORS = 100_000
 MAX_NAME = 200
 MAX_DIMENSIONS = 8
@@ -62,21 +65,23 @@ def encode(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 def encode_buffers(arrays: Mapping[str, NDArray[Any]]) -> list[Buffer]:
     """What `encode` joins: the manifest and a view of each contiguous array, without copying values."""
     flat = {name: _little_endian(name, array) for name, array in arrays.items()}
+    names = sorted(flat, key=lambda name: (PLACES[flat[name].dtype], name))
+    header = _header(tuple((name, CODES[flat[name].dtype], arrays[name].shape) for name in names))
+    return [header, *(flat[name].data.cast("B") if flat[name].nbytes else b"" for name in names)]
+
+
+@lru_cache(REMEMBERED)
+def _header(layout: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
+    """The length of the manifest, and the manifest of tensors with these names, dtype codes and shapes."""
     manifest: dict[str, Any] = {}
-    values: list[Buffer] = []
     begin = 0
-    for name, array in sorted(flat.items(), key=lambda item: (PLACES[item[1].dtype], item[0])):
-        end = begin + array.nbytes
-        manifest[name] = {
-            "dtype": CODES[array.dtype],
-            "shape": list(arrays[name].shape),
-            "data_offsets": [begin, end],
-        }
-        values.append(array.data.cast("B") if array.nbytes else b"")
+    for name, code, shape in layout:
+        end = begin + math.prod(shape) * DTYPES[code].itemsize
+        manifest[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     header = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    return [len(header).to_bytes(8, "little"), header, *values]
+    return len(header).to_bytes(8, "little") + header
 
 
 def _little_endian(name: str, array: NDArray[Any]) -> NDArray[Any]:
@@ -95,26 +100,35 @@ def decode(blob: Buffer) -> Arrays:
     }
 
 
-def manifest_of(blob: Buffer) -> list[TensorSpec]:
+def manifest_of(blob: Buffer) -> tuple[TensorSpec, ...]:
     """Every tensor of a safetensors file, after checking that they cover it exactly."""
     view = memoryview(blob)
     length = int.from_bytes(view[:8], "little")
     if len(view) < 8 or length > min(MAX_MANIFEST_BYTES, len(view) - 8):
         raise BadMessage(f"tensor manifest of {length} bytes exceeds the payload of {len(view)} or the limit")
-    specs = [_spec(name, entry, 8 + length) for name, entry in _parse(view[8 : 8 + length]).items()]
-    position = 8 + length
+    read = _remembered if length <= REMEMBERED_BYTES else _specs
+    return read(bytes(view[8 : 8 + length]), len(view))
+
+
+def _specs(header: bytes, size_bytes: int) -> tuple[TensorSpec, ...]:
+    """The tensors of a file of that size with that manifest."""
+    specs = [_spec(name, entry, 8 + len(header)) for name, entry in _parse(header).items()]
+    position = 8 + len(header)
     for spec in sorted(specs, key=lambda spec: (spec.begin, spec.end)):
         if spec.begin != position:
             raise BadMessage(f"tensor {spec.name!r} begins at byte {spec.begin}, expected {position}")
         position = spec.end
-    if position != len(view):
-        raise BadMessage(f"tensors end at byte {position} but the payload has {len(view)}")
-    return specs
+    if position != size_bytes:
+        raise BadMessage(f"tensors end at byte {position} but the payload has {size_bytes}")
+    return tuple(specs)
 
 
-def _parse(header: memoryview) -> dict[str, Any]:
+_remembered = lru_cache(REMEMBERED)(_specs)
+
+
+def _parse(header: bytes) -> dict[str, Any]:
     try:
-        entries = json.loads(str(header, "utf-8"), object_pairs_hook=_no_twins)  # bytes might be UTF-16
+        entries = json.loads(header.decode(), object_pairs_hook=_no_twins)  # bytes might be UTF-16
     except (ValueError, RecursionError) as error:
         raise BadMessage(f"tensor manifest is not valid JSON: {error}") from None
     if not isinstance(entries, dict):

@@ -8,6 +8,7 @@ are never inside msgpack. What `decode` returns is well-formed; whether it is be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -38,6 +39,7 @@ MAGIC = b"FLF"
 MAX_FRAME_BYTES = 15 << 20  # RabbitMQ 4 refuses messages above 16 MiB
 MAX_HEADER_BYTES = 8 << 20
 MOST_FAULTS = 200
+REMEMBERED, REMEMBERED_BYTES = 8, 256 << 10  # headers, and how long one of them may be
 
 KINDS: dict[str, type[Message]] = {
     m.kind: m
@@ -76,6 +78,18 @@ def encode(message: Message, payload: Buffer = b"") -> bytes:
 def decode(frame: bytes, limits: Limits = FROM_AGGREGATOR) -> tuple[Message, memoryview]:
     """The message and a view of its payload. Raises BadMessage, before anything beyond `limits` is unpacked."""
     header, payload = _split(frame, limits)
+    return _message(header, limits), payload
+
+
+def decode_again(frame: bytes) -> tuple[Message, memoryview]:
+    """As `decode`, for what the aggregator tells many participants who share a process: it is read once."""
+    header, payload = _split(frame, FROM_AGGREGATOR)
+    if len(header) > REMEMBERED_BYTES:
+        return _message(header, FROM_AGGREGATOR), payload
+    return _remembered(bytes(header)), payload
+
+
+def _message(header: Buffer, limits: Limits) -> Message:
     try:
         _walk(header)
         fields = msgpack.unpackb(
@@ -89,10 +103,15 @@ def decode(frame: bytes, limits: Limits = FROM_AGGREGATOR) -> tuple[Message, mem
         )
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise BadMessage(f"header is not valid msgpack: {type(error).__name__} {error}") from None
-    return _build(fields), payload
+    return _build(fields)
 
 
-def _walk(header: memoryview) -> None:
+@lru_cache(REMEMBERED)
+def _remembered(header: bytes) -> Message:
+    return _message(header, FROM_AGGREGATOR)
+
+
+def _walk(header: Buffer) -> None:
     """Raises unless all that lengths promise is there: unpacking makes room for it, nested promises included."""
     walker = msgpack.Unpacker(max_buffer_size=max(1, len(header)))
     walker.feed(header)

@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from workers.assignment import Assignment, Holding
 from workers.journal import FileJournal
 from workers.link import WorkerSettings
 from workers.status import WorkerStatus
+from workers.thread import TrainingThread
 from workers.trainer import Sizes
 from workers.worker import Site, Worker
 
@@ -193,11 +193,8 @@ def make_workers(
         sizes=Sizes(config.broker.inline_bytes, config.broker.chunk_bytes, config.store.part_bytes),
         on_notice=log.info,
     )
-    topology, thread, store = (
-        Topology(config.broker.federation),
-        ThreadPoolExecutor(1, "train"),
-        opened_store(config.store),
-    )
+    topology, thread = Topology(config.broker.federation), TrainingThread()
+    store = opened_store(config.store)
     return [
         Worker(Site(name, assignment, journals[name], thread, store), broker, topology, settings)
         for name, assignment in assignments.items()

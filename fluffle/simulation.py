@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
 import structlog
 
+from aggregator.archive import BEHIND_S
 from aggregator.daemon import Aggregator
 from aggregator.job import Surroundings
 from aggregator.strategies import make_strategy
@@ -34,6 +34,7 @@ from workers.link import WorkerSettings
 from workers.modules import use_threads
 from workers.partition import Shard, Shares
 from workers.tasks import find_task
+from workers.thread import TrainingThread
 from workers.torch_task import TaskDefinition
 from workers.trainer import Sizes
 from workers.worker import Site, Worker, always
@@ -95,7 +96,7 @@ async def run_simulation(plan: Plan, display: Display, *, abandon: str = "") -> 
 async def _in_one_process(plan: Plan, display: Display) -> HeadRecord:
     """All participants share one training thread with one torch thread, so that equal seeds give equal bits."""
     await _set_up(plan.broker, Topology(plan.config.broker.federation))
-    thread = ThreadPoolExecutor(1, "train")
+    thread = TrainingThread()
     try:
         async with asyncio.TaskGroup() as group:
             workers = [_worker(plan, shard, thread) for shard in plan.shares.shards]
@@ -121,7 +122,7 @@ async def _set_up(broker: Broker, topology: Topology) -> None:
     await connection.close()
 
 
-def _worker(plan: Plan, shard: Shard, thread: ThreadPoolExecutor) -> Worker:
+def _worker(plan: Plan, shard: Shard, thread: TrainingThread) -> Worker:
     config = plan.config
     held_out = shard.held_out if len(shard.held_out) else None
     task = plan.definition.bind(shard.train, held_out, shard.name)
@@ -140,7 +141,10 @@ def _aggregator(plan: Plan, display: Display, abandon: str = "") -> Aggregator:
     job = replace(
         job, abandon=abandon, from_checkpoint=True
     )  # the command refuses a used directory unless it is to resume
-    around = Surroundings(on_report=display.on_report, on_notice=partial(notice, display), store=plan.store)
+    around = Surroundings(
+        on_report=display.on_report, on_notice=partial(notice, display), store=plan.store,
+        behind_s=BEHIND_S if plan.config.broker.url == "memory" else 0.0,
+    )  # fmt: skip
     return Aggregator(job, plan.broker, plan.config.run_dir, around)
 
 

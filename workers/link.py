@@ -25,11 +25,6 @@ from workers.trainer import Sizes
 log = structlog.get_logger(__name__)
 
 
-def whisper(event: str, **fields: object) -> None:
-    """For a worker among many: what it does is only of interest when something is searched for."""
-    log.debug(event, **fields)
-
-
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """Waits, sizes, time, and who is told what the worker does. `lag_s` adds seconds to a training that took so
@@ -40,8 +35,14 @@ class WorkerSettings:
     retry_s: float = 10.0  # at the most, between attempts to connect
     sizes: Sizes = field(default_factory=Sizes)
     lag_s: Callable[[float], float] = lambda trained_s: 0.0  # noqa: ARG005
-    on_notice: Callable[..., object] = whisper  # an event's past-tense word, and its fields
+    on_notice: Callable[..., object] = field(default_factory=lambda: _whisper())  # an event's word, and its fields
     clock: Callable[[], float] = time.time
+
+
+def _whisper() -> Callable[..., object]:
+    """For a worker among many: what it does is only of interest when something is searched for."""
+    whisper: Callable[..., object] = log.bind().debug  # bound once: else most of a small round goes into this
+    return whisper
 
 
 class Listener(Protocol):

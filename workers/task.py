@@ -80,5 +80,6 @@ def is_learning_task(found: object) -> TypeGuard[LearningTask]:
 
 def train_seed(run_seed: int, participant: str, round: int) -> int:  # noqa: A002 - the design's word
     """The seed for one participant's work in one round; the attempt does not change it."""
-    words = np.frombuffer(f"{participant}/{round}".encode().ljust(64, b"\0")[:64], dtype=np.uint32)
-    return int(np.random.SeedSequence([run_seed, *map(int, words)]).generate_state(1)[0])
+    words = f"{participant}/{round}".encode().ljust(64, b"\0")[:64]
+    own = run_seed.to_bytes(max(4, -(-run_seed.bit_length() // 32) * 4), "little")
+    return int(np.random.SeedSequence(np.frombuffer(own + words, dtype="<u4")).generate_state(1)[0])

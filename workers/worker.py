@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,12 +25,13 @@ from broker.tensors import Buffer
 from broker.tensors import decode as decode_arrays
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
-from broker.wire import decode
+from broker.wire import decode, decode_again
 from workers.journal import Held, Journal
 from workers.link import Link, WorkerSettings
 from workers.residual import Residual
 from workers.status import WorkerStatus, waits_for
 from workers.task import LearningTask, WorkAbandoned
+from workers.thread import TrainingThread
 from workers.trainer import Errand, Finished, carry_out, train_config
 from workers.upload import Upload
 
@@ -58,7 +58,7 @@ class Site:
     participant: str
     task_for: TaskFor
     journal: Journal
-    executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "train"))
+    thread: TrainingThread = field(default_factory=TrainingThread)
     store: Store | None = None
 
 
@@ -156,9 +156,10 @@ class Worker:
             )
             await delivery.ack()
             return
-        if self.participant in order.told.asked:
+        if order.told.asks(self.participant):
             await self.site.journal.save_order(delivery.body)
-        await self._consider(order.told)  # before it is begun: what it owes depends on the fate of the last update
+        # Before it is begun: what it owes depends on the fate of the last update.
+        await self._consider(order.told, is_new=before is None or order.told.rank != before.rank)
         self._order, self._is_news = order, True
         self._news.set()
         await delivery.ack()
@@ -169,15 +170,18 @@ class Worker:
         elif before and before.epoch != order.told.epoch:
             await self.on_heartbeat()  # a new leader wants to know who is there
 
-    async def _consider(self, told: TrainRound) -> None:
-        """What an order means for the work in hand and for the held update."""
+    async def _consider(self, told: TrainRound, *, is_new: bool) -> None:
+        """What an order means for the work in hand and for the held update.
+
+        One that was heard before may have crossed the update: to answer it would begin an endless conversation.
+        """
         doing, held = self._training, self._held
         if doing and (is_over(told, doing.run_id) or (told.task != doing.task and not told.late_counts)):
             self._abandoned.set()
         if held and not await self._settle(held, told):
             if told.fates.get(self.participant, (0, "missing"))[0] == held.update.task:
                 await self._send_again(held)
-            elif told.task == held.update.task and self.participant in told.asked:
+            elif is_new and told.task == held.update.task and told.asks(self.participant):
                 await self.on_heartbeat()  # it did not have it when it asked; has it come meanwhile?
 
     async def _settle(self, held: Held, told: TrainRound) -> bool:
@@ -252,7 +256,7 @@ class Worker:
         self._notice("update_sent", task=held.update.task)
 
     def _is_to_do(self, told: TrainRound) -> bool:
-        if self.participant not in told.asked or told.work == "none" or told.finished:
+        if not told.asks(self.participant) or told.work == "none" or told.finished:
             return False
         held = self._held and (self._held.update.run_id, self._held.update.task) == (told.run_id, told.task)
         return not held and self._done != (told.run_id, told.task, told.attempt)
@@ -297,7 +301,7 @@ class Worker:
         def work() -> Finished:
             return carry_out(self.site.task_for(order.told), errand, config, self._settings.sizes)
 
-        finished = await asyncio.get_running_loop().run_in_executor(self.site.executor, contained(work))
+        finished = await self.site.thread.run(contained(work))
         await self._lag(self._settings.lag_s(finished.held.update.seconds))
         return finished  # what is finished is published, even if it may be late: the ledger shall know
 
@@ -332,7 +336,7 @@ def is_over(told: TrainRound, run_id: str) -> bool:
 
 def _read(delivery: Delivery) -> Order | None:
     try:
-        told, payload = decode(delivery.body)
+        told, payload = decode_again(delivery.body)
     except BadMessage:
         return None
     return Order(told, payload) if isinstance(told, TrainRound) and delivery.sender == AGGREGATOR else None

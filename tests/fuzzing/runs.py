@@ -90,7 +90,7 @@ class Hall:
         self._loop.run_until_complete(asyncio.wait_for(self._hear(said, pieces), 30.0))
 
     def close(self) -> None:
-        self.archive.close()
+        self._loop.run_until_complete(self.archive.close())
         self._loop.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 

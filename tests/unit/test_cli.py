@@ -54,8 +54,8 @@ class Simulation:
         archive = await asyncio.to_thread(Archive, config.run_dir)
         assert record.model is not None
         await archive.store(record.model.sha256, blob)
-        await archive.note(record)
-        archive.close()
+        archive.note(record)
+        await archive.close()
         return Outcome(record, 1.5)
 
 

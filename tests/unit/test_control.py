@@ -125,9 +125,9 @@ def test_a_wish_for_another_run_is_refused() -> None:
 @pytest.mark.parametrize("wanted", ["pause", "stop"])
 def test_no_round_opens_unless_the_operator_wants_it(wanted: str) -> None:
     run, head = settings(2), HeadRecord(round=1, members=("p01",), wanted=wanted)
-    assert not plan.enough(head, names(2), run, 1e9)
+    assert not plan.enough(head, 2, run, 1e9)
     assert plan.continued(head, "train", names(2), run, 0.0).open is None
-    assert plan.enough(head.with_(wanted="run"), names(2), run, 0.0)
+    assert plan.enough(head.with_(wanted="run"), 2, run, 0.0)
 
 
 def test_a_pause_still_measures_the_version_that_was_closed() -> None:

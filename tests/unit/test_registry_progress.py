@@ -77,15 +77,15 @@ def test_everybody_is_asked_equally_often() -> None:
 def test_the_first_round_waits_for_everybody_but_not_longer_than_a_deadline() -> None:
     run = settings(3, round={"quorum": 2, "deadline_s": 30.0})
     first, later = HeadRecord(), HeadRecord(task=1, members=("p01",))
-    assert not plan.enough(first, names(2), run, 29.9)
-    assert plan.enough(first, names(3), run, 0.0)
-    assert plan.enough(first, names(2), run, 30.0)
-    assert not plan.enough(first, names(1), run, 1e9)
-    assert plan.enough(later, names(2), run, 0.0)
+    assert not plan.enough(first, 2, run, 29.9)
+    assert plan.enough(first, 3, run, 0.0)
+    assert plan.enough(first, 2, run, 30.0)
+    assert not plan.enough(first, 1, run, 1e9)
+    assert plan.enough(later, 2, run, 0.0)
 
 
 def test_no_round_opens_for_nobody() -> None:
-    assert not plan.enough(HeadRecord(task=1), [], settings(3), 1e9)
+    assert not plan.enough(HeadRecord(task=1), 0, settings(3), 1e9)
 
 
 def test_a_late_joiner_is_asked_while_there_is_room() -> None:
