@@ -362,3 +362,14 @@ def test_weights_are_capped_examples_damped_by_staleness(num_examples: int, stal
     weight = weight_of(num_examples, staleness, RoundSettings(max_examples=most))
     assert 1 <= weight <= most
     assert weight == max(1, round(min(num_examples, most) / math.sqrt(1 + staleness)))
+
+
+def test_a_copy_with_another_cohort_asks_that_one() -> None:
+    """The set of names is worked out once for each record, and not copied with its fields."""
+    opened = OpenRound(
+        work="train", round=1, attempt=1, task=1, epoch=1, cohort=("p01",), opened=0.0, deadline=1.0, allowed_s=1.0
+    )
+    assert opened.asks("p01")
+    other = opened.model_copy(update={"cohort": ("p02",)})
+    assert (other.asks("p01"), other.asks("p02")) == (False, True)
+    assert other == OpenRound(**{**opened.model_dump(), "cohort": ("p02",)})
