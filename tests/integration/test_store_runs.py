@@ -107,18 +107,20 @@ async def test_a_run_through_a_store_has_the_same_bits(
     await store.delete("default")
 
 
+@pytest.fixture(params=["folder", "s3"])
+def real_store(request: pytest.FixtureRequest, share: Path) -> Store:
+    """One that other processes can reach; made before there is an event loop, for starting a server blocks."""
+    if request.param == "folder":
+        return Store(Folder(share), "share")
+    seaweed: Seaweed = request.getfixturevalue("seaweed")
+    return seaweed.store()
+
+
 @pytest.mark.xdist_group("rabbitmq")
-@pytest.mark.parametrize("kind", ["folder", "s3"])
 async def test_a_run_through_a_store_and_rabbitmq_has_the_same_bits(
-    kind: str,
-    rabbit: Rabbit,
-    undisturbed: dict[int, str],
-    share: Path,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
+    real_store: Store, rabbit: Rabbit, undisturbed: dict[int, str], tmp_path: Path
 ) -> None:
-    store = Store(Folder(share), "share") if kind == "folder" else request.getfixturevalue("seaweed").store()
-    there = federation(tmp_path, store)
+    there = federation(tmp_path, real_store)
     there.broker, there.topology = rabbit.broker(), rabbit.topology()
     async with asyncio.timeout(100):
         assert digest(await there.run(RUN)) == undisturbed[3]
