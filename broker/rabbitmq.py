@@ -4,8 +4,8 @@ RabbitMQ closes a channel on every refusal. So each request has a channel of its
 and the publishing one is opened again after an error: a refusal costs whoever caused it, never the connection.
 Readers of streams leave theirs to the next one, for RabbitMQ 3.10.8 never forgets a channel that read a stream
 (5 KB each; mended in November 2022, https://github.com/rabbitmq/rabbitmq-server/pull/6325). A channel is closed
-when some stream was read a hundred times on it: if a segment is dropped just when a reader begins, RabbitMQ may leave
-its index open until then.
+when some stream was read a hundred times on it: if a segment is dropped just when a reader begins, RabbitMQ may
+leave its index open until then.
 
 It is built on aio-pika's plain connection. All channels are of the protocol layer under it (aiormq), because that
 can write a message in one step (see `_publish`), runs one task for a delivery where aio-pika runs three, tells when
