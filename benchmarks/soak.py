@@ -61,6 +61,11 @@ class Plan:
     every: int = 5  # rounds between samples
 
     @property
+    def command(self) -> str:
+        options = ("rounds", "faults", "seed", "phases")
+        return " ".join(["python -m benchmarks.soak", *(f"--{name} {getattr(self, name)}" for name in options)])
+
+    @property
     def shape(self) -> Shape:
         return Shape(tuple(participant_names(4)), self.faults, run_rounds=self.rounds)
 
@@ -173,6 +178,7 @@ def report(plan: Plan, outcome: Outcome, samples: Sequence[Sample]) -> dict[str,
     disks, waiting = [sample.disk_mb for sample in samples], [sample.messages for sample in samples]
     return {
         **about("soak"),
+        "command": plan.command,
         "passed": chaos["passed"] and not wrong,
         "not_flat": wrong,
         **asdict(plan),
@@ -227,7 +233,7 @@ def text(told: dict[str, Any]) -> str:
         f"model {'the same' if told['same'] else 'DIFFERENT'}",
         *memory,
         *(f"NOT FLAT: {words}" for words in told["not_flat"]),
-        "nothing grew, nothing was lost" if told["passed"] else "SOMETHING WENT WRONG",
+        "all is flat within the limits, nothing was lost" if told["passed"] else "SOMETHING WENT WRONG",
     ]
     return "\n".join(lines)
 
