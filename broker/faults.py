@@ -105,15 +105,22 @@ class Rates:
 
 
 class SeededFaults:
-    """Random faults that depend on the seed and each connection's own operations, not on how tasks interleave."""
+    """Random faults that depend on the seed and each connection's own operations, not on how tasks interleave.
 
-    def __init__(self, seed: int, rates: Rates, *, longest_s: float = 0.1) -> None:
+    After `most` of them nothing more goes wrong: whoever has to catch up on a long log would be cut off again for
+    ever if it takes more operations than lie between two cuts.
+    """
+
+    def __init__(self, seed: int, rates: Rates, *, longest_s: float = 0.1, most: int = 1_000_000) -> None:
         self._seed = seed
         self._rates = rates
         self._longest_s = longest_s
+        self._most = most
         self.struck: list[tuple[Operation, Fault]] = []
 
     def __call__(self, operation: Operation) -> Fault | None:
+        if len(self.struck) >= self._most:
+            return None
         dice = Random(f"{self._seed} {astuple(operation)}")  # noqa: S311 (not for secrets)
         luck = dice.random()
         for kind in _sensible(operation):
