@@ -33,10 +33,10 @@ from fluffle.chaos.processes import ROOT
 from fluffle.logs import configure_logs
 from fluffle.results import peak_rss_mb
 from workers.journal import MemoryJournal
+from workers.lane import Lane
 from workers.link import WorkerSettings
 from workers.task import TrainConfig
 from workers.tasks import find_object
-from workers.thread import TrainingThread
 from workers.worker import Site, Worker, always
 
 
@@ -73,7 +73,7 @@ async def federate(load: Load, directory: Path) -> Rounds:
     broker, topology, rounds = MemoryBroker(Topology("default").access), Topology("default"), Rounds()
     connection = await broker.connect(AGGREGATOR, purpose="set up")
     await connection.declare(*topology.aggregator_declarations())
-    make, thread = find_object(load.task), TrainingThread()
+    make, thread = find_object(load.task), Lane("train")
     settings = WorkerSettings(heartbeat_s=load.heartbeat_s)
     workers = [
         Worker(Site(name, always(make(name, "")), MemoryJournal(), thread), broker, topology, settings)
