@@ -12,7 +12,7 @@ def replace_file(path: Path, content: Buffer, beside: Path, *, synced: bool = Tr
     """Writes `beside` in the same directory, syncs it, gives it the name `path`, and syncs the directory.
 
     Raises OSError; then `path` is what it was, and `beside` is gone. What is not `synced` survives the process, but
-    perhaps no power loss: that may leave the old content, or a damaged file.
+    perhaps no power loss: that may leave the old content, a damaged file, or none.
     """
     try:
         with beside.open("wb") as file:
@@ -20,6 +20,8 @@ def replace_file(path: Path, content: Buffer, beside: Path, *, synced: bool = Tr
             file.flush()
             if synced:
                 os.fsync(file.fileno())
+        if not synced:  # a file system that knows what is good for us would write out what replaces another
+            path.unlink(missing_ok=True)
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)

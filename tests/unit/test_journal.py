@@ -249,7 +249,7 @@ def test_a_crash_leaves_the_old_update_or_the_new_or_none_but_no_mixture(
         assert (name, nth) == ("replace", 4)  # there are three
     monkeypatch.undo()
     remembered = load(tmp_path)
-    assert remembered.order in (order(1), order(2))
+    assert remembered.order in (order(1), order(2), None)  # cheap to have again
     assert remembered.held is None or same(remembered.held, old) or same(remembered.held, new)
     assert not list(tmp_path.glob("*.damaged"))
     saved(tmp_path, new, told=order(2))  # and it goes on
