@@ -55,7 +55,7 @@ class Archive:
         """As `store`, for a body that the record itself carries: it is written with that record."""
         self._kept[sha256] = blob
 
-    async def load(self, sha256: str) -> bytes | None:
+    async def load(self, sha256: str) -> bytearray | None:
         """A model body, or None."""
         return await asyncio.to_thread(self.checkpoints.load, sha256)
 

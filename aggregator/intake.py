@@ -17,7 +17,7 @@ from broker.codecs import NONE, SPARE_BYTES
 from broker.errors import BadMessage, ConnectionLost, StateError, StoreFailed, TransportError
 from broker.messages import Barrier, FromParticipant, Message, UpdateReady, Where
 from broker.offload import off_loop
-from broker.payloads import MIN_CHUNK_BYTES, MIN_PART_BYTES, Assembly, collect, is_possible, verify
+from broker.payloads import MIN_CHUNK_BYTES, MIN_PART_BYTES, PREFETCH, Assembly, collect, is_possible, verify
 from broker.retry import publish
 from broker.tensors import Arrays, Buffer
 from broker.transport import Delivery
@@ -102,7 +102,7 @@ class Intake:
         outbox = self._topology.outbox(participant)
         buffer = scratch(self._scratch, where.size_bytes)
         barrier = Barrier(nonce=secrets.token_hex(8))
-        stream = await self._reader.read(outbox, offset=self._read_to[participant])
+        stream = await self._reader.read(outbox, offset=self._read_to[participant], prefetch=PREFETCH)
         try:
             await publish(self._writer, "", outbox, encode(barrier), timeout_s=self._settings.patience_s)
             assembly = Assembly.into(buffer, where, participant)
@@ -133,7 +133,10 @@ def _check_pieces(where: Where, min_piece_bytes: int) -> None:
 
 
 def scratch(directory: Path, size_bytes: int) -> memoryview:
-    """Memory backed by a file without a name: the system may write it out, and it is gone with the process."""
+    """Memory backed by a file without a name: the system may write it out, and it is gone with the process.
+
+    Whoever passes over it gives it back on the way (`tensors.give_back`), so it takes room in the system's cache.
+    """
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
             os.posix_fallocate(file.fileno(), 0, size_bytes)  # or a full disk would kill us later, as SIGBUS

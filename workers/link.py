@@ -12,7 +12,7 @@ import structlog
 
 from broker.errors import AccessRefused, BadMessage, ConfigError, ConnectionLost, TransportError
 from broker.messages import FromParticipant, Where
-from broker.payloads import Address, Arrived, Assembly, collect, upload, verify
+from broker.payloads import PREFETCH, Address, Arrived, Assembly, collect, upload, verify
 from broker.retry import Backoff, publish
 from broker.store import Store
 from broker.tensors import Buffer
@@ -137,7 +137,7 @@ class Link:
 
     async def _collect(self, partial: Assembly) -> None:
         offset = max(partial.where.first_offset, partial.read_to)
-        stream = await _connected(self._reader).read(partial.where.stream, offset=offset)
+        stream = await _connected(self._reader).read(partial.where.stream, offset=offset, prefetch=PREFETCH)
         try:
             await collect(stream, partial, end=None, patience_s=self._settings.patience_s)
         finally:
