@@ -495,7 +495,9 @@ class Term:
     def _combine(self) -> tensors.Buffer:
         """The new model. A large one takes the place of the old one, unless somebody else still looks at that: if
         it is not committed, whoever leads next reads the old one from the broker or the disk."""
-        alone = len(self.blob) > self.settings.broker.inline_bytes and not self.around.behind_s
+        store, behind_s = self.around.store, self.around.behind_s
+        shared = behind_s or (store is not None and store.hands_over)
+        alone = len(self.blob) > self.settings.broker.inline_bytes and not shared
         blob = self.blob if alone and not memoryview(self.blob).readonly else bytearray(self.blob)
         self.strategy.finish(tensors.decode(blob, writable=True))
         return blob

@@ -80,10 +80,20 @@ class Intake:
             )
         if update.body.size_bytes > most_bytes + SPARE_BYTES:
             raise BadMessage(f"body of {update.body.size_bytes} bytes is above the model's {most_bytes}")
-        blob = await self._body(update, update.body, payload)
-        await verify(blob, update.body)
+        blob = self._handed_over(update, update.body)
+        if blob is None:
+            blob = await self._body(update, update.body, payload)
+            await verify(blob, update.body)
         size_bytes = 0 if update.codec == NONE else most_bytes  # without a codec they are views
         return await off_loop(size_bytes, codecs.packing(update.codec).unpack, blob, like)
+
+    def _handed_over(self, update: UpdateReady, where: Where) -> Buffer | None:
+        if self._store is None or where.where != "url":
+            return None
+        return self._store.handed_over(self._place(update), where)
+
+    def _place(self, update: UpdateReady) -> str:
+        return self._topology.update_place(update.participant, update.run_id, str(update.task))
 
     async def _body(self, update: UpdateReady, where: Where, payload: memoryview) -> Buffer:
         match where.where:
@@ -118,9 +128,8 @@ class Intake:
             raise BadMessage("the update is in a claim-check store, and this aggregator was given none")
         _check_pieces(where, MIN_PART_BYTES)
         assembly = Assembly.into(scratch(self._scratch, where.size_bytes), where, update.participant)
-        place = self._topology.update_place(update.participant, update.run_id, str(update.task))
         try:
-            await self._store.fill(place, assembly)
+            await self._store.fill(self._place(update), assembly)
         except StoreFailed as failed:
             await self._store.names(self._topology.model_place(update.run_id))  # or the store is at fault
             raise BadMessage(f"its body cannot be read: {failed}") from failed

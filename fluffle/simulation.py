@@ -19,7 +19,7 @@ from aggregator.strategies import make_strategy
 from broker.errors import first_known
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
-from broker.store import Store
+from broker.store import OwnMemory, Store
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker
 from fluffle.brokers import rabbit_broker
@@ -68,7 +68,10 @@ def plan_simulation(config: Config) -> Plan:
     definition = find_task(config.task)
     definition.recipe(config.train.chosen())
     check_metrics(config, definition)
-    return Plan(config, definition, shares_of(config, definition), broker, keepers_store(config.store))
+    store = keepers_store(config.store)
+    if store is None and config.broker.url == "memory":
+        store = OwnMemory()
+    return Plan(config, definition, shares_of(config, definition), broker, store)
 
 
 def _broker(config: Config) -> Broker:

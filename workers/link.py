@@ -114,6 +114,10 @@ class Link:
     async def fetch(self, run_id: str, where: Where, payload: memoryview) -> Buffer:
         """The bytes of a run's global model. Raises TransportError, or BadMessage if they are not there or damaged;
         ConfigError if they are in a claim-check store and this site names none."""
+        if where.where == "url":
+            handed_over = self._known_store().handed_over(self._topology.model_place(run_id), where)
+            if handed_over is not None:
+                return handed_over
         blob = payload if where.where == "inline" else await self._download(run_id, where)
         await verify(blob, where)
         return blob

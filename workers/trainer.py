@@ -57,8 +57,11 @@ class Finished:
     owes: Residual | None = None
 
 
-def carry_out(task: LearningTask, errand: Errand, config: TrainConfig, sizes: Sizes) -> Finished:
-    """Trains or evaluates as told. Raises TaskError if the task returns nonsense, and whatever it raises."""
+def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finished:
+    """Trains or evaluates as told; the update is still to be `described`.
+
+    Raises TaskError if the task returns nonsense, and whatever it raises.
+    """
     began = time.monotonic()
     told, base = errand.told, tensors.decode(errand.blob)
     body: tensors.Buffer = b""
@@ -86,9 +89,16 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig, sizes: Si
         metrics={name: float(value) for name, value in metrics.items()},
         seconds=time.monotonic() - began,
         codec=codec,
-        body=sizes.describe(body, told.model) if body else None,
     )
     return Finished(Held(update, body), owes)
+
+
+def described(finished: Finished, model: Where | None, sizes: Sizes) -> Finished:
+    """The same with how its body travels, if it has one; hashing that need not keep others from training."""
+    held = finished.held
+    if held.blob:
+        held.update = held.update.model_copy(update={"body": sizes.describe(held.blob, model)})
+    return finished
 
 
 def chosen(allowed: Sequence[str]) -> codecs.Packing:

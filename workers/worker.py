@@ -32,7 +32,7 @@ from workers.link import Link, WorkerSettings
 from workers.residual import Residual
 from workers.status import WorkerStatus, waits_for
 from workers.task import LearningTask, WorkAbandoned
-from workers.trainer import Errand, Finished, carry_out, train_config
+from workers.trainer import Errand, Finished, carry_out, described, train_config
 from workers.upload import Upload
 
 SOFTWARE = f"fluffle {version('fluffle')}"
@@ -296,9 +296,11 @@ class Worker:
         config = train_config(order.told, self.participant, self._abandoned.is_set)
 
         def work() -> Finished:
-            return carry_out(self.site.task_for(order.told), errand, config, self._settings.sizes)
+            return carry_out(self.site.task_for(order.told), errand, config)
 
-        finished = await self.site.thread.run(contained(work))
+        trained = await self.site.thread.run(contained(work))
+        size_bytes, sizes = len(trained.held.blob), self._settings.sizes
+        finished = await off_loop(size_bytes, described, trained, order.told.model, sizes)
         await self._lag(self._settings.lag_s(finished.held.update.seconds))
         return finished  # what is finished is published, even if it may be late: the ledger shall know
 
