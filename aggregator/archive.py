@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,26 +17,31 @@ from aggregator.poison import Poison
 from broker.head import HeadRecord
 from broker.tensors import Buffer
 
-BEHIND_S = 0.25  # that a simulation which was killed may have to do again, where writing is quick
+BEHIND_S = 0.25  # that files may lag behind, where writing is quick
 DISK_SHARE = 0.1  # of the time may pass with writing what may be behind
 
 
 class Archive:
     """A run directory. Methods are safe on the event loop: the disk is touched in a thread.
 
-    What was committed is written while the run goes on: until the next record is committed, or, with `behind_s`, so
-    many seconds later. That is for the embedded broker, which dies with this process: whoever resumes goes on from
-    the newest checkpoint, and what the history knows beyond that is forgotten.
+    What was committed is written while the run goes on. The history is written before the next record is committed.
+    The checkpoint of a model that the record itself carries is a copy for people and for the day when the broker
+    loses its disk: it may come a quarter of a second later, and the next one then stands for those between. With
+    `behind_s` all of it may be so late: that is for the embedded broker, which dies with this process. Whoever goes
+    on from a checkpoint forgets what the history knows beyond it.
     """
 
     def __init__(self, directory: Path, *, behind_s: float = 0.0) -> None:
         self.checkpoints = Checkpoints(directory / "checkpoints")
         self.history = History(directory / "history.sqlite")
         self.poison = Poison(directory)
-        self._behind_s, self._due = behind_s, 0.0
-        self._kept: dict[str, Buffer] = {}  # models that are written with the record that names them
-        self._records: list[HeadRecord] = []  # that are still to be written
-        self._writing: asyncio.Task[None] | None = None
+        self._behind_s = behind_s
+        self._kept: dict[str, Buffer] = {}  # models that are not on the disk yet
+        self._lines: list[HeadRecord] = []  # records that the history does not know yet
+        self._pages: dict[str, HeadRecord] = {}  # the newest record, and that of the best model, by model
+        self._history_task: asyncio.Task[None] | None = None
+        self._checkpoint_task: asyncio.Task[None] | None = None
+        self._history_at = self._checkpoint_at = 0.0  # the earliest next time, as the event loop's clock has it
         self._closing = asyncio.Event()
 
     async def store(self, sha256: str, blob: Buffer) -> None:
@@ -50,7 +55,7 @@ class Archive:
         """As `store`, for a body that the record itself carries: it is written with that record."""
         self._kept[sha256] = blob
 
-    async def load(self, sha256: str) -> bytes | None:
+    async def load(self, sha256: str) -> bytearray | None:
         """A model body, or None."""
         return await asyncio.to_thread(self.checkpoints.load, sha256)
 
@@ -68,11 +73,16 @@ class Archive:
         Raises StateError if the disk refused what was noted before.
         """
         self._check()
-        self._records.append(record)
+        self._lines.append(record)
         wanted = {model.sha256 for model in (record.model, record.best) if model is not None}
         self._kept = {sha256: blob for sha256, blob in self._kept.items() if sha256 in wanted}
-        if self._writing is None or self._writing.done():
-            self._writing = asyncio.create_task(self._write_on(), name="archive")
+        if record.model is not None:
+            self._pages[record.model.sha256] = record
+        self._pages = {sha256: page for sha256, page in self._pages.items() if sha256 in wanted}
+        if _is_over(self._history_task):
+            self._history_task = asyncio.create_task(self._write_history(), name="history")
+        if _is_over(self._checkpoint_task):
+            self._checkpoint_task = asyncio.create_task(self._write_checkpoints(), name="checkpoints")
 
     async def note_fates(self, record: HeadRecord) -> None:
         """Writes what was decided about the updates of another run, whose checkpoints are elsewhere."""
@@ -80,45 +90,71 @@ class Archive:
 
     async def keep_up(self) -> None:
         """To be called before the next record is committed: returns once the disk is not too far behind."""
-        if not self._behind_s and self._writing is not None:
-            await asyncio.shield(self._writing)
+        if not self._behind_s and self._history_task is not None:
+            await asyncio.shield(self._history_task)
         self._check()
 
     async def close(self) -> None:
         """Writes what is still to be written. Raises StateError if the disk refuses."""
         self._closing.set()
         try:
-            if self._writing is not None:
-                await self._writing
+            for task in (self._history_task, self._checkpoint_task):
+                if task is not None:
+                    await task
         finally:
             self.history.close()
 
     def _check(self) -> None:
-        if self._writing is not None and self._writing.done():
-            self._writing.result()
+        for task in (self._history_task, self._checkpoint_task):
+            if task is not None and task.done():
+                task.result()
 
-    async def _write_on(self) -> None:
+    async def _write_history(self) -> None:
         clock = asyncio.get_running_loop().time
-        while self._records:
-            with suppress(TimeoutError):
-                if (pause_s := self._due - clock()) > 0:
-                    await asyncio.wait_for(self._closing.wait(), pause_s)
-            records, self._records, began = self._records, [], clock()
-            await asyncio.to_thread(self._write, records, dict(self._kept))
-            ended = clock()
-            if self._behind_s:
-                self._due = ended + max(self._behind_s, (ended - began) * (1 / DISK_SHARE - 1))
+        while self._lines:
+            await self._pause(self._history_at - clock())
+            records, self._lines = self._lines, []
+            lines = [(record, report_of(record)) for record in records]
+            await asyncio.to_thread(self.history.record_all, lines)
+            self._history_at = clock() + self._behind_s
 
-    def _write(self, records: Sequence[HeadRecord], kept: Mapping[str, Buffer]) -> None:
-        """The history first: it may be ahead of the newest checkpoint, which `rewind` mends, but has no gaps."""
-        self.history.record_all([(record, report_of(record)) for record in records])
-        newest = records[-1]
-        for sha256, record in {record.model.sha256: record for record in records if record.model}.items():
+    async def _write_checkpoints(self) -> None:
+        clock = asyncio.get_running_loop().time
+        while self._pages:
+            await self._pause(self._checkpoint_at - clock())
+            await self._history_written()
+            pages, self._pages, began = self._pages, {}, clock()
+            newest = max(pages.values(), key=lambda record: record.rank)
+            await asyncio.to_thread(self._write_pages, pages, newest, dict(self._kept))
+            if self._behind_s or _carries_its_model(newest):
+                self._checkpoint_at = clock() + max(BEHIND_S, (clock() - began) * (1 / DISK_SHARE - 1))
+
+    async def _history_written(self) -> None:
+        """The history may be ahead of the newest checkpoint, for `rewind` mends that; never behind it."""
+        while self._history_task is not None and not self._history_task.done():
+            await asyncio.shield(self._history_task)
+        self._check()
+
+    def _write_pages(self, pages: Mapping[str, HeadRecord], newest: HeadRecord, kept: Mapping[str, Buffer]) -> None:
+        for sha256, record in pages.items():
             if sha256 in kept:
                 self.checkpoints.store(sha256, kept[sha256])
-            if sha256 in kept or not self._behind_s:
-                self.checkpoints.describe(record)
+            self.checkpoints.describe(record)
         self.checkpoints.prune({newest.best.sha256} if newest.best else ())
+
+    async def _pause(self, pause_s: float) -> None:
+        """Unless it is closed meanwhile."""
+        if pause_s > 0:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), pause_s)
+
+
+def _carries_its_model(record: HeadRecord) -> bool:
+    return record.model is not None and record.model.where == "inline"
+
+
+def _is_over(task: asyncio.Task[None] | None) -> bool:
+    return task is None or task.done()
 
 
 def report_of(record: HeadRecord) -> RoundReport | None:

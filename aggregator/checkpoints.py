@@ -71,11 +71,11 @@ class Checkpoints:
         with _disk(path):
             _write(path, json.dumps(manifest, indent=2).encode())
 
-    def load(self, sha256: str) -> bytes | None:
+    def load(self, sha256: str) -> bytearray | None:
         """The model or state of that digest, or None. A damaged file is set aside and reported."""
         path = self.path(sha256)
         with _disk(path):
-            blob = path.read_bytes() if path.exists() else None
+            blob = _read(path) if path.exists() else None
         if blob is not None and hashlib.sha256(blob).hexdigest() != sha256:
             self._set_aside(path)
             return None
@@ -166,6 +166,13 @@ def _manifest(record: HeadRecord, model: Where, tensors: list[dict[str, Any]]) -
         "tensors": tensors,
         "head": record.model_dump(mode="json"),
     }
+
+
+def _read(path: Path) -> bytearray:
+    with path.open("rb") as file:
+        blob = bytearray(path.stat().st_size)
+        del blob[file.readinto(blob) :]
+    return blob
 
 
 def _identity(path: Path) -> tuple[int, ...]:

@@ -484,14 +484,23 @@ class Term:
 
     async def _new_version(self, record: HeadRecord) -> HeadRecord:
         """The record with the round's new model, stored and measured but not yet committed."""
-        arrays = await off_loop(len(self.blob), self.strategy.finish)
-        self.blob = await off_loop(len(self.blob), tensors.encode, arrays)
+        self.blob = await off_loop(len(self.blob), self._combine)
         self.model = tensors.decode(self.blob)
         where = await self.models.put(record.run_id, self.blob)
         metrics = dict(record.metrics)
         if evaluation_due(self.settings, "central", record.round):
             metrics |= await self.job.measure(self.model, self.around.on_notice)
         return record.with_(version=record.version + 1, model=where, previous=record.model, metrics=metrics)
+
+    def _combine(self) -> tensors.Buffer:
+        """The new model. A large one takes the place of the old one, unless somebody else still looks at that: if
+        it is not committed, whoever leads next reads the old one from the broker or the disk."""
+        store, behind_s = self.around.store, self.around.behind_s
+        shared = behind_s or (store is not None and store.hands_over)
+        alone = len(self.blob) > self.settings.broker.inline_bytes and not shared
+        blob = self.blob if alone and not memoryview(self.blob).readonly else bytearray(self.blob)
+        self.strategy.finish(tensors.decode(blob, writable=True))
+        return blob
 
     async def _reopen(self, current: Round, record: HeadRecord) -> None:
         """Changes who is asked, or until when; what was accepted stays, for the record's offset stays too."""

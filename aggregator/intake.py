@@ -17,7 +17,7 @@ from broker.codecs import NONE, SPARE_BYTES
 from broker.errors import BadMessage, ConnectionLost, StateError, StoreFailed, TransportError
 from broker.messages import Barrier, FromParticipant, Message, UpdateReady, Where
 from broker.offload import off_loop
-from broker.payloads import MIN_CHUNK_BYTES, MIN_PART_BYTES, Assembly, collect, is_possible, verify
+from broker.payloads import MIN_CHUNK_BYTES, MIN_PART_BYTES, PREFETCH, Assembly, collect, is_possible, verify
 from broker.retry import publish
 from broker.tensors import Arrays, Buffer
 from broker.transport import Delivery
@@ -80,10 +80,20 @@ class Intake:
             )
         if update.body.size_bytes > most_bytes + SPARE_BYTES:
             raise BadMessage(f"body of {update.body.size_bytes} bytes is above the model's {most_bytes}")
-        blob = await self._body(update, update.body, payload)
-        await verify(blob, update.body)
+        blob = self._handed_over(update, update.body)
+        if blob is None:
+            blob = await self._body(update, update.body, payload)
+            await verify(blob, update.body)
         size_bytes = 0 if update.codec == NONE else most_bytes  # without a codec they are views
         return await off_loop(size_bytes, codecs.packing(update.codec).unpack, blob, like)
+
+    def _handed_over(self, update: UpdateReady, where: Where) -> Buffer | None:
+        if self._store is None or where.where != "url":
+            return None
+        return self._store.handed_over(self._place(update), where)
+
+    def _place(self, update: UpdateReady) -> str:
+        return self._topology.update_place(update.participant, update.run_id, str(update.task))
 
     async def _body(self, update: UpdateReady, where: Where, payload: memoryview) -> Buffer:
         match where.where:
@@ -102,7 +112,7 @@ class Intake:
         outbox = self._topology.outbox(participant)
         buffer = scratch(self._scratch, where.size_bytes)
         barrier = Barrier(nonce=secrets.token_hex(8))
-        stream = await self._reader.read(outbox, offset=self._read_to[participant])
+        stream = await self._reader.read(outbox, offset=self._read_to[participant], prefetch=PREFETCH)
         try:
             await publish(self._writer, "", outbox, encode(barrier), timeout_s=self._settings.patience_s)
             assembly = Assembly.into(buffer, where, participant)
@@ -118,9 +128,8 @@ class Intake:
             raise BadMessage("the update is in a claim-check store, and this aggregator was given none")
         _check_pieces(where, MIN_PART_BYTES)
         assembly = Assembly.into(scratch(self._scratch, where.size_bytes), where, update.participant)
-        place = self._topology.update_place(update.participant, update.run_id, str(update.task))
         try:
-            await self._store.fill(place, assembly)
+            await self._store.fill(self._place(update), assembly)
         except StoreFailed as failed:
             await self._store.names(self._topology.model_place(update.run_id))  # or the store is at fault
             raise BadMessage(f"its body cannot be read: {failed}") from failed
@@ -133,7 +142,10 @@ def _check_pieces(where: Where, min_piece_bytes: int) -> None:
 
 
 def scratch(directory: Path, size_bytes: int) -> memoryview:
-    """Memory backed by a file without a name: the system may write it out, and it is gone with the process."""
+    """Memory backed by a file without a name: the system may write it out, and it is gone with the process.
+
+    Whoever passes over it gives it back on the way (`tensors.give_back`), so it takes room in the system's cache.
+    """
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
             os.posix_fallocate(file.fileno(), 0, size_bytes)  # or a full disk would kill us later, as SIGBUS

@@ -10,7 +10,7 @@ from broker.errors import BadMessage, ConnectionLost, ModelMissing, PublishFaile
 from broker.head import HeadRecord
 from broker.messages import Chunk, Where
 from broker.offload import off_loop
-from broker.payloads import Address, Assembly, collect, describe, upload, verify
+from broker.payloads import PREFETCH, Address, Assembly, collect, describe, upload, verify
 from broker.tensors import Buffer
 from broker.topology import AGGREGATOR
 from broker.transport import Inbox
@@ -95,7 +95,8 @@ class Models:
         return blob
 
     async def _collect(self, assembly: Assembly) -> None:
-        stream = await self._reader.read(assembly.where.stream, offset=assembly.where.first_offset)
+        where = assembly.where
+        stream = await self._reader.read(where.stream, offset=where.first_offset, prefetch=PREFETCH)
         await collect(stream, assembly, end=None, patience_s=self._settings.patience_s)
         await stream.close()
 

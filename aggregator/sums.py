@@ -8,6 +8,7 @@ every leader that replays the same updates computes the same sum. See docs/archi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.errors import BadMessage, StateError
-from broker.tensors import Arrays
+from broker.tensors import Arrays, give_back
 
 BLOCK = 1 << 16  # values: float64 and int64 temporaries of a block stay in the processor's cache
+GIVEN_BACK_EVERY = 64  # blocks, if they lie in a mapped file
 LEAST_BOUND = 2.0**10
 
 
@@ -84,7 +86,7 @@ class FixedPointSum:
     def _check(self, name: str, values: NDArray[Any]) -> None:
         bound = self._scales[name].bound
         flat = values.reshape(-1)
-        for start in range(0, flat.size, BLOCK):
+        for start in _starts(flat):
             block = flat[start : start + BLOCK]
             # Also false for NaN, which compares unequal to everything. In float16 a bound might be infinite.
             if not (float(block.min()) >= -bound and float(block.max()) <= bound):
@@ -93,19 +95,24 @@ class FixedPointSum:
     def _fold(self, name: str, values: NDArray[Any], weight: int) -> None:
         factor = float(weight) * 2.0 ** self._scales[name].bits
         flat, accumulator = values.reshape(-1), self._sums[name]
-        for start in range(0, flat.size, BLOCK):
+        for start in _starts(flat):
             scaled = flat[start : start + BLOCK].astype(np.float64)
             scaled *= factor
             np.rint(scaled, out=scaled)
             accumulator[start : start + BLOCK] += scaled.astype(np.int64)
 
-    def step(self, model: Arrays, rate: float) -> Arrays:
-        """New arrays model + rate * mean, in the model's dtypes; integers are rounded, all stay in range."""
-        return {name: self._moved(name, values, rate) for name, values in model.items()}
+    def step(self, model: Arrays, rate: float, out: Arrays | None = None) -> Arrays:
+        """The arrays model + rate * mean, in the model's dtypes; integers are rounded, all stay in range.
 
-    def _moved(self, name: str, values: NDArray[Any], rate: float) -> NDArray[Any]:
+        They are new, or written into `out`, which may be the model itself.
+        """
+        moved = out or {name: np.empty_like(values) for name, values in model.items()}
+        for name, values in model.items():
+            self._move(name, values, rate, moved[name].reshape(-1))
+        return moved
+
+    def _move(self, name: str, values: NDArray[Any], rate: float, moved: NDArray[Any]) -> None:
         flat, accumulator = values.reshape(-1), self._sums[name]
-        moved = np.empty(flat.size, dtype=values.dtype)
         least, most = _range(values.dtype)
         divisor = float(self.weight) * 2.0 ** self._scales[name].bits
         for start in range(0, flat.size, BLOCK):
@@ -113,7 +120,16 @@ class FixedPointSum:
             exact = flat[part].astype(np.float64) + rate * (accumulator[part].astype(np.float64) / divisor)
             np.clip(exact, least, most, out=exact)
             moved[part] = exact if values.dtype.kind == "f" else np.rint(exact)
-        return moved.reshape(values.shape)
+
+
+def _starts(flat: NDArray[Any]) -> Iterator[int]:
+    """Where each block begins. Of a mapped file little is held at a time."""
+    for number, start in enumerate(range(0, flat.size, BLOCK)):
+        if number % GIVEN_BACK_EVERY == GIVEN_BACK_EVERY - 1:
+            give_back(flat)
+        yield start
+    if flat.size > BLOCK:
+        give_back(flat)
 
 
 def _range(dtype: np.dtype[Any]) -> tuple[float, float]:

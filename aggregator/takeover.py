@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from dataclasses import dataclass
 
+import numpy as np
 import structlog
 
 from aggregator.archive import Archive
@@ -128,10 +129,14 @@ class Takeover:
         return None if blob is None else (saved.with_(finished=over), blob)
 
     async def _fresh(self, now: float) -> tuple[HeadRecord, tensors.Buffer]:
-        blob = await asyncio.to_thread(lambda: tensors.encode(contained(self._job.initial)()))
+        blob = await asyncio.to_thread(self._initial)
         before = await self._archive.newest()  # if it begins again, workers have seen its epochs
         epoch = before.epoch if before else 0
         return HeadRecord(run_id=self._job.settings.run_id, epoch=epoch, started=now), blob
+
+    def _initial(self) -> tensors.Buffer:
+        arrays = contained(self._job.initial)()
+        return tensors.encode_each(arrays, lambda name, out: np.copyto(out, arrays[name]))
 
 
 async def commit(lead: Lead, record: HeadRecord, blob: tensors.Buffer) -> None:

@@ -27,16 +27,17 @@ from aggregator.history import RoundReport
 from aggregator.job import Job, Surroundings
 from benchmarks.fleet import LONGEST_S, Load, Measured, Sizes
 from broker.memory import MemoryBroker
+from broker.store import OwnMemory
 from broker.tensors import Arrays
 from broker.topology import AGGREGATOR, Topology
 from fluffle.chaos.processes import ROOT
 from fluffle.logs import configure_logs
 from fluffle.results import peak_rss_mb
 from workers.journal import MemoryJournal
+from workers.lane import Lane
 from workers.link import WorkerSettings
 from workers.task import TrainConfig
 from workers.tasks import find_object
-from workers.thread import TrainingThread
 from workers.worker import Site, Worker, always
 
 
@@ -71,15 +72,18 @@ def run(load: Load, *, bare: bool = False) -> Measured:
 async def federate(load: Load, directory: Path) -> Rounds:
     """Fluffle: aggregator and workers, which share one thread to train in."""
     broker, topology, rounds = MemoryBroker(Topology("default").access), Topology("default"), Rounds()
+    store = OwnMemory()
     connection = await broker.connect(AGGREGATOR, purpose="set up")
     await connection.declare(*topology.aggregator_declarations())
-    make, thread = find_object(load.task), TrainingThread()
+    make, thread = find_object(load.task), Lane("train")
     settings = WorkerSettings(heartbeat_s=load.heartbeat_s)
     workers = [
-        Worker(Site(name, always(make(name, "")), MemoryJournal(), thread), broker, topology, settings)
+        Worker(Site(name, always(make(name, "")), MemoryJournal(), thread, store), broker, topology, settings)
         for name in load.names
     ]
-    around = Surroundings(on_report=rounds.note, on_notice=lambda event, fields: None, behind_s=BEHIND_S)
+    around = Surroundings(
+        on_report=rounds.note, on_notice=lambda event, fields: None, behind_s=BEHIND_S, store=store
+    )
     async with asyncio.TaskGroup() as group:
         for worker in workers:
             group.create_task(worker.run())

@@ -8,21 +8,26 @@ from pathlib import Path
 from broker.tensors import Buffer
 
 
-def replace_file(path: Path, content: Buffer, beside: Path) -> None:
+def replace_file(path: Path, content: Buffer, beside: Path, *, synced: bool = True) -> None:
     """Writes `beside` in the same directory, syncs it, gives it the name `path`, and syncs the directory.
 
-    Raises OSError; then `path` is what it was, and `beside` is gone.
+    Raises OSError; then `path` is what it was, and `beside` is gone. What is not `synced` survives the process, but
+    perhaps no power loss: that may leave the old content, a damaged file, or none.
     """
     try:
         with beside.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
+        if not synced:  # a file system that knows what is good for us would write out what replaces another
+            path.unlink(missing_ok=True)
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    if synced:
+        _sync(path.parent)
 
 
 def rename_file(path: Path, to: Path) -> None:

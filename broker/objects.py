@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-import fsspec
-
 from broker.errors import ConfigError
 
 FOLDERS = ("", "file", "local")
@@ -52,6 +50,8 @@ def open_objects(url: str) -> Objects:
         raise ConfigError(f"store {url!r}: use file:///FOLDER, s3://BUCKET/PREFIX or http[s]://HOST/PATH")
     if protocol in FOLDERS:
         return Folder(Path(url.removeprefix(f"{protocol}://") if protocol else url))
+    import fsspec  # takes its time
+
     options: dict[str, Any] = {} if protocol in (*WEB, "memory") else {"use_listings_cache": False}
     try:
         files, root = fsspec.core.url_to_fs(url, **options)

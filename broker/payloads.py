@@ -18,7 +18,7 @@ from broker.errors import BadMessage, ChunksMissing
 from broker.messages import Barrier, Chunk, Message, Where
 from broker.offload import off_loop
 from broker.retry import publish
-from broker.tensors import Buffer
+from broker.tensors import Buffer, give_back
 from broker.transport import Delivery, Inbox, Transport
 from broker.wire import FROM_PARTICIPANT, decode, encode
 
@@ -26,6 +26,9 @@ MIN_CHUNK_BYTES = 1024  # nobody may cut finer
 MIN_PART_BYTES = 64 << 10
 # Pieces in flight: a cut repeats as many. 200 MB cut five times cost 1.1 times the bytes with 4, 1.4 with 16.
 WINDOW = 4
+PREFETCH = 16  # chunks that may wait to be looked at
+GIVEN_BACK_EVERY = 8  # chunks, if they lie in a mapped file
+HASHED_BYTES = 8 << 20  # between two times that a mapped file is given back
 CONFIRM_S = 30.0  # for a chunk: on a slow link it waits for those before it
 
 
@@ -132,6 +135,8 @@ class Assembly:
             raise BadMessage(f"chunk {chunk.index} of {chunk.of[:12]} is damaged: wrong length or checksum")
         self.buffer[place] = data
         self.missing.discard(chunk.index)
+        if len(self.missing) % GIVEN_BACK_EVERY == 0:
+            give_back(self.buffer)
 
 
 async def collect(inbox: Inbox, assembly: Assembly, *, end: Barrier | None, patience_s: float) -> None:
@@ -169,5 +174,13 @@ async def verify(blob: Buffer, where: Where) -> None:
     """Raises BadMessage unless size and sha256 are what `where` says."""
     if len(blob) != where.size_bytes:
         raise BadMessage(f"payload has {len(blob)} bytes, its header says {where.size_bytes}")
-    if await off_loop(len(blob), lambda: hashlib.sha256(blob).hexdigest()) != where.sha256:
+    if await off_loop(len(blob), _sha256, blob) != where.sha256:
         raise BadMessage("payload does not match its sha256: it was damaged or replaced on the way")
+
+
+def _sha256(blob: Buffer) -> str:
+    digest, view = hashlib.sha256(), memoryview(blob)
+    for start in range(0, len(view), HASHED_BYTES):
+        digest.update(view[start : start + HASHED_BYTES])
+        give_back(view)
+    return digest.hexdigest()

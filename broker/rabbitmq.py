@@ -7,25 +7,25 @@ Readers of streams leave theirs to the next one, for RabbitMQ 3.10.8 never forge
 when some stream was read a hundred times on it: if a segment is dropped just when a reader begins, RabbitMQ may
 leave its index open until then.
 
-It is built on aio-pika's plain connection. All channels are of the protocol layer under it (aiormq), because that
-can write a message in one step (see `_publish`), runs one task for a delivery where aio-pika runs three, tells when
-the broker cancels a consumer, and leaves nothing behind at its connection: a channel of aio-pika leaves 4 KB, and a
-leader declares something in every round.
+It is built on aio-pika's plain connection and on channels of the protocol layer under it (aiormq): they connect,
+declare, consume, delete, and tell what went wrong. Messages themselves, their confirms and acks go past both
+(`broker/frames.py`), because a library's way copies a body ten times and runs tasks for every message.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, SupportsIndex, TypeVar
 
 import aio_pika
-from aio_pika import DeliveryMode
 from aio_pika.abc import AbstractConnection
 from aio_pika.exceptions import (
     AMQPConnectionError,
@@ -56,12 +56,15 @@ from broker.errors import (
     Unroutable,
 )
 from broker.fitness import Facts
+from broker.frames import HEARTBEAT, Frames, Letter, Message, ack_frame, publish_frames, reject_frame
 from broker.inbox import WaitingInbox
 from broker.transport import Binding, Declaration, Delivery, Exchange, Inbox, Queue, Stream, StreamOffset
 
+OFFSET = "x-stream-offset"
 OLDEST_VERSION = (3, 10)  # the first whose streams and quorum queues do what is asked of them here
 CLOSE_S = 5.0  # for the farewell; after that the broker finds out by itself
 READINGS = 100  # of one stream on one channel, one after the other
+LIFE_S = 1.0  # after so long without anything else aiormq is told that the connection lives, if it does
 RETRY_S = 0.5  # between attempts to reach a queue that a restarted broker has not found yet
 
 REFUSED = (AMQPError, ChannelInvalidStateError, TimeoutError)  # what a request that failed raises, if not lost
@@ -147,15 +150,17 @@ def negotiated_s(heartbeat_s: int) -> int:
 
 
 class _Wire(TransportFactory):
-    """TCP or TLS as aiormq would make them, but somebody listens in."""
+    """TCP or TLS as aiormq would make them; what carries messages goes past aiormq, both ways."""
 
     def __init__(self, watch: BlockWatch) -> None:
+        self.frames = Frames()
+        self.writer: asyncio.StreamWriter
         self._watch = watch
 
     async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         provider, loop = options.pop("ssl_context_provider"), asyncio.get_running_loop()
         context = await provider.get_context() if url.scheme == "amqps" else None
-        reader = _Reporter(self._watch)
+        reader = _Filter(self.frames, self._watch, loop.time)
         protocol = asyncio.StreamReaderProtocol(reader)
         try:
             wire, _ = await loop.create_connection(
@@ -163,19 +168,27 @@ class _Wire(TransportFactory):
             )
         except OSError as error:
             raise AMQPConnectionError(*error.args) from error
-        return reader, asyncio.StreamWriter(wire, protocol, reader, loop)
+        self.writer = asyncio.StreamWriter(wire, protocol, reader, loop)
+        return reader, self.writer
 
 
-class _Reporter(asyncio.StreamReader):
-    """Tells what arrives."""
+class _Filter(asyncio.StreamReader):
+    """Lets aiormq see what is not ours. It takes silence for a dead connection, so it is told of life otherwise."""
 
-    def __init__(self, watch: BlockWatch) -> None:
+    def __init__(self, frames: Frames, watch: BlockWatch, clock: Callable[[], float]) -> None:
         super().__init__()
-        self._watch = watch
+        self._frames, self._watch, self._clock = frames, watch, clock
+        self._seen_at = clock()
 
     def feed_data(self, data: Iterable[SupportsIndex]) -> None:
-        self._watch.feed(bytes(data))
-        super().feed_data(data)
+        rest = b"".join(self._frames.feed(bytes(data)))
+        if rest:
+            self._watch.feed(rest)
+        elif self._clock() - self._seen_at > LIFE_S:
+            rest = HEARTBEAT
+        if rest:
+            self._seen_at = self._clock()
+            super().feed_data(rest)
 
 
 class _Connection(aio_pika.Connection):
@@ -184,7 +197,8 @@ class _Connection(aio_pika.Connection):
     def __init__(self, url: URL, name: str) -> None:
         super().__init__(url, client_properties={"connection_name": name})
         self.watch = BlockWatch(name)
-        self.kwargs["transport_factory"] = _Wire(self.watch)
+        self.wire = _Wire(self.watch)
+        self.kwargs["transport_factory"] = self.wire
 
 
 async def _connected(url: URL, name: str) -> _Connection:
@@ -222,8 +236,9 @@ class RabbitTransport:
         self._settings = settings
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._inboxes: set[_Inbox] = set()
-        self._publisher: UnderlayChannel | None = None
-        self._spare: list[_Shared] = []  # of readers that are gone
+        self._publisher: _Publisher | None = None
+        self._spare: list[_Line] = []  # of readers that are gone
+        self._tags = count(1)  # of consumers
         self._opening = asyncio.Lock()
         self._underlay = _underlay(connection)
         self._underlay.closing.add_done_callback(self._on_closing)
@@ -242,10 +257,10 @@ class RabbitTransport:
     async def publish(self, exchange: str, key: str, body: bytes, *, timeout_s: float = 10.0) -> None:
         where = f"exchange {exchange!r} with key {key!r}" if exchange else f"{key!r}"
         try:
-            await self.call(partial(self._publish, exchange, key, body), timeout_s)
+            await self._publish(exchange, key, body, timeout_s)
         except TimeoutError as error:
             raise PublishFailed(refusals.not_confirmed(where, timeout_s, self.blocked)) from error
-        except PublishError as error:
+        except _NotTaken as error:
             raise Unroutable(
                 f"no queue or stream takes what is published to {where}: declare and bind one first"
             ) from error
@@ -306,25 +321,43 @@ class RabbitTransport:
         finally:
             task.cancel()
 
+    def write(self, line: _Line, frame: bytes) -> None:
+        """Writes to a channel at once, behind all that was written before. Raises ConnectionLost."""
+        if self._lost.done():
+            raise ConnectionLost(self._lost.result())
+        if line.closed:  # what is written to a channel that RabbitMQ closed would cost the connection
+            raise ConnectionLost(f"{self._name}: its channel was closed")
+        self._connection.wire.writer.write(frame)
+
     def leave(self, inbox: _Inbox) -> None:
         self._inboxes.discard(inbox)
+
+    def next_tag(self) -> str:
+        """The name of a consumer on this connection."""
+        return f"fluffle-{next(self._tags)}"
 
     async def open_channel(self) -> UnderlayChannel:
         return await self._underlay.channel(publisher_confirms=False)
 
-    async def take_spare(self) -> _Shared:
+    async def open_line(self) -> _Line:
+        """A channel to consume on."""
+        line = _Line(await self.open_channel(), self._connection.wire.frames)
+        line.listen()
+        return line
+
+    async def take_spare(self) -> _Line:
         """A channel on which streams were read before, if there is one."""
         while self._spare:
-            if not (shared := self._spare.pop()).channel.is_closed:
-                return shared
-        return _Shared(await self.open_channel())
+            if not (line := self._spare.pop()).channel.is_closed:
+                return line
+        return await self.open_line()
 
-    async def leave_spare(self, shared: _Shared, stream: str) -> None:
-        shared.readings[stream] += 1
-        if shared.readings[stream] < READINGS:
-            self._spare.append(shared)
+    async def leave_spare(self, line: _Line, stream: str) -> None:
+        line.readings[stream] += 1
+        if line.readings[stream] < READINGS:
+            self._spare.append(line)
         else:
-            await shared.channel.close()
+            await line.channel.close()
 
     def _on_closing(self, closing: asyncio.Future[Any]) -> None:
         error = None if closing.cancelled() else closing.exception()
@@ -335,22 +368,35 @@ class RabbitTransport:
             self._lost.set_result(f"{self._name}: {why}")
         for inbox in tuple(self._inboxes):
             inbox.leave(why)
+        if self._publisher is not None:
+            self._publisher.fail(ConnectionLost(self._lost.result()))
 
-    async def _publish(self, exchange: str, key: str, body: bytes) -> None:
-        """Puts the frames behind those before in one step: what is written to a channel that RabbitMQ just closed,
-        because it refused another message, would cost the connection. So it waits for the confirm alone; and before
-        that until publishers are not blocked, for what is written to a blocked connection only piles up."""
-        await self._connection.watch.unblocked.wait()
-        properties = spec.Basic.Properties(delivery_mode=DeliveryMode.PERSISTENT, user_id=self.user)
-        channel = await self._publishing_channel()
-        await channel.basic_publish(  # type: ignore[call-arg]  # aiormq's abstract class does not tell of `wait`
-            body, exchange=exchange, routing_key=key, properties=properties, mandatory=True, wait=False
-        )
+    async def _publish(self, exchange: str, key: str, body: bytes, timeout_s: float) -> None:
+        """Waits until publishers are not blocked, for what is written to a blocked connection only piles up; then
+        for the confirm."""
+        if self._lost.done():
+            raise ConnectionLost(self._lost.result())
+        clock = asyncio.get_running_loop().time
+        until, publisher = clock() + timeout_s, self._publisher
+        if self.blocked:
+            await self.call(self._connection.watch.unblocked.wait, timeout_s)
+        if publisher is None or publisher.closed:
+            publisher = await self.call(self._publishing, until - clock())
+        confirmed = publisher.send(Letter(exchange, key, body, publisher.next_id(), self.user))
+        timer = asyncio.get_running_loop().call_at(until, _give_up, confirmed)
+        try:
+            await confirmed
+        finally:
+            timer.cancel()
 
-    async def _publishing_channel(self) -> UnderlayChannel:
+    async def _publishing(self) -> _Publisher:
         async with self._opening:
-            if self._publisher is None or self._publisher.is_closed:
-                self._publisher = await self._underlay.channel(publisher_confirms=True, on_return_raises=True)
+            if self._publisher is None or self._publisher.closed:
+                channel = await self._underlay.channel(publisher_confirms=True, on_return_raises=False)
+                self._publisher = _Publisher(
+                    channel, self._connection.wire, self._underlay.connection_tune.frame_max
+                )
+                self._publisher.listen()
             return self._publisher
 
     async def _open(self, inbox: _Inbox) -> Inbox:
@@ -403,6 +449,113 @@ async def _declare(channel: UnderlayChannel, thing: Declaration) -> None:
             await channel.queue_declare(thing.name, durable=True, arguments=arguments_of(thing))
 
 
+class _NotTaken(Exception):
+    """Nothing takes a message that was published."""
+
+
+class _Listener:
+    """One who is told what comes on a channel past aiormq, as `frames.Channel` says; but for what it expects."""
+
+    def __init__(self, channel: UnderlayChannel, frames: Frames) -> None:
+        self.channel, self.number = channel, channel.number
+        self.closed = False
+        self._frames = frames
+
+    def listen(self) -> None:
+        self._frames.channels[self.number] = self
+        self.channel.closing.add_done_callback(self._on_closing)
+
+    def on_message(self, message: Message) -> None:
+        """A delivery to somebody who is not there any more."""
+
+    def on_return(self, message_id: str) -> None:
+        """Nothing was published here."""
+
+    def on_confirm(self, tag: int, *, multiple: bool, taken: bool) -> None:
+        """Nothing was published here."""
+
+    def on_close(self) -> None:
+        self.closed = True
+
+    def _on_closing(self, closing: asyncio.Future[Any]) -> None:
+        _read_outcome(closing)
+        self.closed = True
+        if self._frames.channels.get(self.number) is self:
+            del self._frames.channels[self.number]
+
+
+class _Publisher(_Listener):
+    """A channel to publish on. Every message is confirmed, in whatever order."""
+
+    def __init__(self, channel: UnderlayChannel, wire: _Wire, frame_max: int | None) -> None:
+        super().__init__(channel, wire.frames)
+        self._writer, self._frame_max = wire.writer, frame_max or 0
+        self._sent = 0
+        self._pending: dict[int, tuple[str, asyncio.Future[None]]] = {}  # by tag: its id, and who waits
+        self._returned: set[str] = set()
+        self._prefix = secrets.token_hex(8)
+
+    def next_id(self) -> str:
+        """Unlike that of any other message."""
+        return f"{self._prefix}{self._sent + 1:x}"
+
+    def send(self, letter: Letter) -> asyncio.Future[None]:
+        """Writes a message in one step; the result tells once it is confirmed."""
+        confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        confirmed.add_done_callback(_read_outcome)
+        frames = publish_frames(self.number, letter, self._frame_max)
+        self._sent += 1
+        self._pending[self._sent] = letter.id, confirmed
+        self._writer.write(frames)
+        return confirmed
+
+    def fail(self, error: Exception) -> None:
+        """Whoever waits is told this."""
+        self.closed, pending = True, list(self._pending.values())
+        self._pending.clear()
+        for _, confirmed in pending:
+            if not confirmed.done():
+                confirmed.set_exception(error)
+
+    def on_return(self, message_id: str) -> None:
+        self._returned.add(message_id)
+
+    def on_confirm(self, tag: int, *, multiple: bool, taken: bool) -> None:
+        for one in [t for t in self._pending if t <= tag] if multiple else [tag]:
+            if one in self._pending:
+                self._settle(*self._pending.pop(one), taken=taken)
+
+    def _settle(self, message_id: str, confirmed: asyncio.Future[None], *, taken: bool) -> None:
+        is_returned = message_id in self._returned
+        self._returned.discard(message_id)
+        if confirmed.done():  # nobody waits any more
+            return
+        if is_returned:
+            confirmed.set_exception(_NotTaken())
+        elif not taken:
+            confirmed.set_exception(PublishFailed("the broker did not take it: it has no room, or is in trouble"))
+        else:
+            confirmed.set_result(None)
+
+    def _on_closing(self, closing: asyncio.Future[Any]) -> None:
+        super()._on_closing(closing)
+        error = None if closing.cancelled() else closing.exception()
+        self.fail(error if isinstance(error, Exception) else ChannelInvalidStateError("its channel was closed"))
+
+
+class _Line(_Listener):
+    """A channel to consume on. One that streams are read on is left by one reader to the next."""
+
+    def __init__(self, channel: UnderlayChannel, frames: Frames) -> None:
+        super().__init__(channel, frames)
+        self.inboxes: dict[str, _Inbox] = {}  # by consumer
+        self.readings: Counter[str] = Counter()  # of each stream
+
+    def on_message(self, message: Message) -> None:
+        if inbox := self.inboxes.get(message.consumer):
+            inbox.arrived(message)
+
+
 class _Inbox(WaitingInbox):
     """A consumer with a channel of its own."""
 
@@ -411,52 +564,52 @@ class _Inbox(WaitingInbox):
         self._transport = transport
         self._name = name
         self._prefetch = prefetch
-        self._fresh: deque[DeliveredMessage] = deque()
+        self._fresh: deque[Message] = deque()
         self._arguments: Arguments = {}
-        self._channel: UnderlayChannel
+        self._line: _Line
         self._closing: asyncio.Future[Any]
-        self._tag = ""
+        self._tag = transport.next_tag()
 
     async def open(self) -> None:
-        self._channel = await self._take_channel()
+        self._line = await self._take_line()
+        channel, self._line.inboxes[self._tag] = self._line.channel, self
         try:
             if self._prefetch:
-                await self._channel.basic_qos(prefetch_count=self._prefetch)
-            self._channel.on_consumer_cancel_callbacks.add(self._on_cancel)
-            consuming = await self._channel.basic_consume(self._name, self._on_message, arguments=self._arguments)
-            self._tag = consuming.consumer_tag or ""
+                await channel.basic_qos(prefetch_count=self._prefetch)
+            channel.on_consumer_cancel_callbacks.add(self._on_cancel)
+            await channel.basic_consume(self._name, _ignore, arguments=self._arguments, consumer_tag=self._tag)
         except BaseException:
-            await self._channel.close()
+            await channel.close()
             raise
 
     def watch(self) -> None:
         """From now on a channel that closes ends this inbox."""
-        self._closing = self._channel.closing
+        self._closing = self._line.channel.closing
         self._closing.add_done_callback(self._on_closing)
+
+    def arrived(self, message: Message) -> None:
+        self._fresh.append(message)
+        self.wake()
 
     async def close(self) -> None:
         await super().close()
         with suppress(TransportError, *REFUSED):
-            await self._transport.call(self._leave_channel)
+            await self._transport.call(self._leave_line)
+        self._line.inboxes.pop(self._tag, None)
 
-    async def _take_channel(self) -> UnderlayChannel:
-        return await self._transport.open_channel()
+    async def _take_line(self) -> _Line:
+        return await self._transport.open_line()
 
-    async def _leave_channel(self) -> None:
-        await self._channel.close()
+    async def _leave_line(self) -> None:
+        await self._line.channel.close()
 
     @property
     def _origin(self) -> str:
         return repr(self._name)
 
-    async def _on_message(self, message: DeliveredMessage) -> None:
-        """Awaits nothing: aiormq runs one task for each message, and a later one must not overtake."""
-        self._fresh.append(message)
-        self.wake()
-
     def _on_cancel(self, frame: spec.Basic.Cancel) -> None:
-        del frame
-        self.leave("it was deleted, or its node is gone: declare it again")
+        if frame.consumer_tag == self._tag:
+            self.leave("it was deleted, or its node is gone: declare it again")
 
     def _on_closing(self, closing: asyncio.Future[Any]) -> None:
         error = None if closing.cancelled() else closing.exception()
@@ -477,32 +630,21 @@ class _Consumer(_Inbox):
         if not self._fresh:
             return None
         message = self._fresh.popleft()
-        if "x-stream-offset" in _headers(message):
+        if OFFSET in message.numbers:
             self.leave("it is a stream and cannot be consumed: read it")
             self._check()
-        self._unsettled.add(_tag(message))
-        before = max(int(_headers(message).get("x-delivery-count", 0)), int(bool(message.redelivered)))
-        return _delivery(message, partial(self._settle, _tag(message)), delivery_count=before)
+        self._unsettled.add(message.tag)
+        before = max(message.numbers.get("x-delivery-count", 0), int(message.redelivered))
+        return _delivery(message, partial(self._settle, message.tag), delivery_count=before)
 
     async def _settle(self, tag: int, *, accept: bool, requeue: bool) -> None:
         self._check()
         if tag not in self._unsettled:
             raise TransportError(f"a delivery from {self._origin} was settled twice: ack or reject it once")
         self._unsettled.discard(tag)
-        channel = self._channel
-        answer = partial(channel.basic_ack, tag) if accept else partial(channel.basic_reject, tag, requeue=requeue)
-        try:
-            await self._transport.call(answer)
-        except REFUSED as error:
-            raise ConnectionLost(f"cannot settle a delivery from {self._origin}: {_text(error)}") from error
-
-
-@dataclass(slots=True, eq=False)
-class _Shared:
-    """A channel that one reader of a stream leaves to the next."""
-
-    channel: UnderlayChannel
-    readings: Counter[str] = field(default_factory=Counter)  # of each stream
+        number = self._line.number
+        frame = ack_frame(number, tag) if accept else reject_frame(number, tag, requeue=requeue)
+        self._transport.write(self._line, frame)
 
 
 class _Reader(_Inbox):
@@ -512,71 +654,59 @@ class _Reader(_Inbox):
         super().__init__(transport, name, prefetch)
         self._arguments = {"x-stream-offset": offset}
         self._first = offset if isinstance(offset, int) else 0
-        self._shared: _Shared
         self._is_stream = False  # as far as we know
         self._owed = 0
-        self._acks: set[asyncio.Future[None]] = set()
 
     def _take(self) -> Delivery | None:
         while self._fresh:
             message = self._fresh.popleft()
-            if "x-stream-offset" not in _headers(message):
+            if OFFSET not in message.numbers:
                 self.leave("it is a queue and cannot be read: consume it")
                 self._check()
             self._is_stream = True
-            self._acknowledge(_tag(message))
-            offset = int(_headers(message)["x-stream-offset"])
+            self._acknowledge(message.tag)
+            offset = message.numbers[OFFSET]
             if offset >= self._first:  # RabbitMQ begins with a whole chunk
                 return _delivery(message, _settled, offset=offset)
         return None
 
     def _acknowledge(self, tag: int) -> None:
         self._owed += 1
-        if 2 * self._owed < self._prefetch:
-            return
-        self._owed = 0
-        ack = asyncio.ensure_future(self._channel.basic_ack(tag, multiple=True, wait=False))
-        self._acks.add(ack)
-        ack.add_done_callback(self._acks.discard)
-        ack.add_done_callback(_read_outcome)
+        if 2 * self._owed >= self._prefetch:
+            self._owed = 0
+            self._transport.write(self._line, ack_frame(self._line.number, tag, multiple=True))
 
-    def _depart(self) -> None:
-        super()._depart()
-        for ack in self._acks:
-            ack.cancel()
+    async def _take_line(self) -> _Line:
+        return await self._transport.take_spare()
 
-    async def _take_channel(self) -> UnderlayChannel:
-        self._shared = await self._transport.take_spare()
-        return self._shared.channel
-
-    async def _leave_channel(self) -> None:
+    async def _leave_line(self) -> None:
         """Once RabbitMQ knows that this reader is gone, and no delivery is open, the next one may have it."""
         if not self._is_stream:  # what a queue delivered must go back, and so it does
-            return await super()._leave_channel()
-        await self._channel.basic_cancel(self._tag)
-        await self._channel.basic_ack(0, multiple=True)
-        self._channel.on_consumer_cancel_callbacks.discard(self._on_cancel)
+            return await super()._leave_line()
+        channel = self._line.channel
+        await channel.basic_cancel(self._tag)
+        await channel.basic_ack(0, multiple=True)
+        channel.on_consumer_cancel_callbacks.discard(self._on_cancel)
         self._closing.cancel()  # which only ends this watching
-        return await self._transport.leave_spare(self._shared, self._name)
+        return await self._transport.leave_spare(self._line, self._name)
 
 
-def _delivery(message: DeliveredMessage, settle: Any, *, offset: int = -1, delivery_count: int = 0) -> Delivery:
-    sender = message.header.properties.user_id or ""
-    number = message.header.properties.message_id or ""  # by aiormq, for every publish
-    return Delivery(message.body, message.routing_key or "", sender, settle, offset, delivery_count, number)
+def _delivery(message: Message, settle: Any, *, offset: int = -1, delivery_count: int = 0) -> Delivery:
+    return Delivery(message.body, message.key, message.sender, settle, offset, delivery_count, message.id)
+
+
+def _give_up(confirmed: asyncio.Future[None]) -> None:
+    if not confirmed.done():
+        confirmed.set_exception(TimeoutError())
+
+
+async def _ignore(message: DeliveredMessage) -> None:
+    """Deliveries go past aiormq."""
 
 
 async def _settled(*, accept: bool, requeue: bool) -> None:
     """Streams keep their messages whatever is done with a delivery."""
     del accept, requeue
-
-
-def _tag(message: DeliveredMessage) -> int:
-    return message.delivery_tag or 0
-
-
-def _headers(message: DeliveredMessage) -> Arguments:
-    return message.header.properties.headers or {}
 
 
 def _text(error: BaseException | None) -> str:

@@ -34,6 +34,8 @@ class Store:
     """Bodies under places like `default/models/run-1`. Methods raise StoreFailed if the store cannot be reached or
     refuses; that is tried again some times before."""
 
+    hands_over = False  # the bodies themselves: nobody may change them any more
+
     def __init__(self, objects: Objects, name: str) -> None:
         self.name = name  # for people
         self.keeps = objects.keeps
@@ -66,6 +68,10 @@ class Store:
         missing = sorted(assembly.missing)
         for start in range(0, len(missing), WINDOW):
             await tried_together(fetch(index) for index in missing[start : start + WINDOW])
+
+    def handed_over(self, place: str, where: Where) -> Buffer | None:  # noqa: ARG002
+        """The body itself, if it was stored by this process: nothing is copied, and nothing needs to be checked."""
+        return None
 
     async def names(self, place: str) -> list[str]:
         """What lies at a place, by name; what no place can be called is left out."""
@@ -112,6 +118,56 @@ class Store:
             raise StoreFailed(
                 f"store {self.name}: {reason}: check that it can be reached and its rights"
             ) from error
+
+
+class OwnMemory(Store):
+    """The store of a process that has the aggregator and all workers in it: bodies are handed over as they are."""
+
+    hands_over = True
+
+    def __init__(self) -> None:
+        super().__init__(_Nothing(), "the memory of this process")
+        self._bodies: dict[str, memoryview] = {}
+
+    async def upload(
+        self, place: str, where: Where, blob: Buffer, *, first: int = 0, after: Arrived = nothing
+    ) -> None:
+        del first
+        self._bodies[f"{_checked(place)}/{where.sha256}"] = memoryview(blob).toreadonly()
+        await after(where.chunks)
+
+    def handed_over(self, place: str, where: Where) -> Buffer | None:
+        return self._bodies.get(f"{place}/{where.sha256}")
+
+    async def fill(self, place: str, assembly: Assembly) -> None:
+        """Comes only after it was not handed over."""
+        raise ChunksMissing(f"{assembly.where.sha256[:12]} is not in the store at {place}")
+
+    async def names(self, place: str) -> list[str]:
+        below = (path.removeprefix(f"{place}/") for path in self._bodies if path.startswith(f"{place}/"))
+        return sorted({path.partition("/")[0] for path in below})
+
+    async def delete(self, place: str) -> None:
+        for path in [path for path in self._bodies if path == place or path.startswith(f"{place}/")]:
+            del self._bodies[path]
+
+
+class _Nothing:
+    """No file system is behind it."""
+
+    keeps = True
+
+    def write(self, path: str, data: memoryview) -> None:
+        raise NotImplementedError
+
+    def read(self, path: str, into: memoryview) -> int:
+        raise NotImplementedError
+
+    def names(self, folder: str) -> list[str]:
+        raise NotImplementedError
+
+    def delete(self, folder: str) -> None:
+        raise NotImplementedError
 
 
 def _path(place: str, where: Where, index: int) -> str:

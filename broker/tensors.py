@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import mmap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -65,9 +66,35 @@ def encode(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 def encode_buffers(arrays: Mapping[str, NDArray[Any]]) -> list[Buffer]:
     """What `encode` joins: the manifest and a view of each contiguous array, without copying values."""
     flat = {name: _little_endian(name, array) for name, array in arrays.items()}
-    names = sorted(flat, key=lambda name: (PLACES[flat[name].dtype], name))
-    header = _header(tuple((name, CODES[flat[name].dtype], arrays[name].shape) for name in names))
+    names, header = _layout(arrays)
     return [header, *(flat[name].data.cast("B") if flat[name].nbytes else b"" for name in names)]
+
+
+def encode_each(like: Mapping[str, NDArray[Any]], write: Callable[[str, NDArray[Any]], object]) -> memoryview:
+    """The safetensors file of arrays like these, whose values `write(name, out)` puts where they stay, one tensor
+    after the other: so nobody needs to hold all of them beside the file. Raises BadMessage as `encode` does."""
+    names, header = _layout(like)
+    size = len(header) + sum(array.nbytes for array in like.values())
+    blob = np.empty(size, np.uint8).data  # takes memory only where something was written
+    blob[: len(header)] = header
+    out = decode(blob, writable=True)
+    for name in names:
+        write(name, out[name])
+    return blob
+
+
+def _layout(arrays: Mapping[str, NDArray[Any]]) -> tuple[list[str], bytes]:
+    """The order in which the tensors lie in a file, and what stands before them."""
+    codes = {name: _code(name, array) for name, array in arrays.items()}
+    names = sorted(arrays, key=lambda name: (PLACES[DTYPES[codes[name]]], name))
+    return names, _header(tuple((name, codes[name], arrays[name].shape) for name in names))
+
+
+def _code(name: str, array: NDArray[Any]) -> str:
+    dtype = array.dtype.newbyteorder("<")
+    if dtype not in CODES:
+        raise BadMessage(f"tensor {name!r} has dtype {array.dtype}, which does not travel: use {', '.join(DTYPES)}")
+    return CODES[dtype]
 
 
 @lru_cache(REMEMBERED)
@@ -85,19 +112,26 @@ def _header(layout: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
 
 
 def _little_endian(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    dtype = array.dtype.newbyteorder("<")
-    if dtype not in CODES:
-        raise BadMessage(f"tensor {name!r} has dtype {array.dtype}, which does not travel: use {', '.join(DTYPES)}")
-    return np.ascontiguousarray(array, dtype=dtype).reshape(-1)
+    return np.ascontiguousarray(array, dtype=DTYPES[_code(name, array)]).reshape(-1)
 
 
-def decode(blob: Buffer) -> Arrays:
-    """Read-only views into `blob`. Raises BadMessage unless it is one well-formed safetensors file."""
-    view = memoryview(blob).toreadonly()
+def decode(blob: Buffer, *, writable: bool = False) -> Arrays:
+    """Views into `blob`, read-only unless otherwise asked. Raises BadMessage unless it is one well-formed
+    safetensors file."""
+    view = memoryview(blob) if writable else memoryview(blob).toreadonly()
     return {
         spec.name: np.frombuffer(view[spec.begin : spec.end], dtype=DTYPES[spec.dtype]).reshape(spec.shape)
         for spec in manifest_of(view)
     }
+
+
+def give_back(view: object) -> None:
+    """Lets go of the memory of a mapped file that an array or memoryview looks at: it is read again if needed."""
+    while isinstance(view, np.ndarray):
+        view = view.base
+    mapped = view.obj if isinstance(view, memoryview) else view
+    if isinstance(mapped, mmap.mmap):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def manifest_of(blob: Buffer) -> tuple[TensorSpec, ...]:

@@ -11,12 +11,15 @@ import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import structlog
-from aiohttp import web
 
 from broker.messages import Part
 from broker.retry import Backoff
+
+if TYPE_CHECKING:  # takes as long to import as all the rest of a worker
+    from aiohttp import web
 
 log = structlog.get_logger(__name__)
 
@@ -60,6 +63,8 @@ async def serve(listen: str, pages: Pages) -> AsyncIterator[Endpoint]:
     if not listen:
         yield endpoint
         return
+    from aiohttp import web
+
     runner = web.AppRunner(application(pages), access_log=None, shutdown_timeout=FAREWELL_S)
     await runner.setup()
     listening = asyncio.create_task(_listen(runner, split_address(listen), endpoint), name="http")
@@ -74,6 +79,7 @@ async def serve(listen: str, pages: Pages) -> AsyncIterator[Endpoint]:
 
 def application(pages: Pages) -> web.Application:
     """The three pages; every other path or method is refused."""
+    from aiohttp import web
 
     async def tell(_: web.Request) -> web.Response:
         return web.Response(text=pages.status().model_dump_json(), content_type="application/json")
@@ -104,6 +110,8 @@ async def _listen(runner: web.AppRunner, address: tuple[str, int], endpoint: End
 
 
 async def _bound(runner: web.AppRunner, host: str, port: int) -> bool:
+    from aiohttp import web
+
     site = web.TCPSite(runner, host, port)
     try:
         await site.start()

@@ -29,9 +29,9 @@ from fluffle.stores import opened_store
 from fluffle.watchdog import watched
 from workers.assignment import Assignment, Holding
 from workers.journal import FileJournal
+from workers.lane import Lane
 from workers.link import WorkerSettings
 from workers.status import WorkerStatus
-from workers.thread import TrainingThread
 from workers.trainer import Sizes
 from workers.worker import Site, Worker
 
@@ -93,7 +93,8 @@ def opened_journals(config: Config) -> Iterator[dict[str, FileJournal]]:
         directories = {name: where if alone else where / name for name in names}
         for directory in directories.values():
             locks.enter_context(_locked(directory))
-        yield {name: FileJournal(directory) for name, directory in directories.items()}
+        lane = Lane("journal")
+        yield {name: FileJournal(directory, lane) for name, directory in directories.items()}
 
 
 def _locked(directory: Path) -> IO[str]:
@@ -193,7 +194,7 @@ def make_workers(
         sizes=Sizes(config.broker.inline_bytes, config.broker.chunk_bytes, config.store.part_bytes),
         on_notice=log.info,
     )
-    topology, thread = Topology(config.broker.federation), TrainingThread()
+    topology, thread = Topology(config.broker.federation), Lane("train")
     store = opened_store(config.store)
     return [
         Worker(Site(name, assignment, journals[name], thread, store), broker, topology, settings)

@@ -19,7 +19,7 @@ from aggregator.strategies import make_strategy
 from broker.errors import first_known
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
-from broker.store import Store
+from broker.store import OwnMemory, Store
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker
 from fluffle.brokers import rabbit_broker
@@ -30,11 +30,11 @@ from fluffle.jobs import check_metrics, task_job
 from fluffle.learning import shares_of
 from fluffle.stores import keepers_store
 from workers.journal import MemoryJournal
+from workers.lane import Lane
 from workers.link import WorkerSettings
 from workers.modules import use_threads
 from workers.partition import Shard, Shares
 from workers.tasks import find_task
-from workers.thread import TrainingThread
 from workers.torch_task import TaskDefinition
 from workers.trainer import Sizes
 from workers.worker import Site, Worker, always
@@ -68,7 +68,10 @@ def plan_simulation(config: Config) -> Plan:
     definition = find_task(config.task)
     definition.recipe(config.train.chosen())
     check_metrics(config, definition)
-    return Plan(config, definition, shares_of(config, definition), broker, keepers_store(config.store))
+    store = keepers_store(config.store)
+    if store is None and config.broker.url == "memory":
+        store = OwnMemory()
+    return Plan(config, definition, shares_of(config, definition), broker, store)
 
 
 def _broker(config: Config) -> Broker:
@@ -96,7 +99,7 @@ async def run_simulation(plan: Plan, display: Display, *, abandon: str = "") -> 
 async def _in_one_process(plan: Plan, display: Display) -> HeadRecord:
     """All participants share one training thread with one torch thread, so that equal seeds give equal bits."""
     await _set_up(plan.broker, Topology(plan.config.broker.federation))
-    thread = TrainingThread()
+    thread = Lane("train")
     try:
         async with asyncio.TaskGroup() as group:
             workers = [_worker(plan, shard, thread) for shard in plan.shares.shards]
@@ -122,7 +125,7 @@ async def _set_up(broker: Broker, topology: Topology) -> None:
     await connection.close()
 
 
-def _worker(plan: Plan, shard: Shard, thread: TrainingThread) -> Worker:
+def _worker(plan: Plan, shard: Shard, thread: Lane) -> Worker:
     config = plan.config
     held_out = shard.held_out if len(shard.held_out) else None
     task = plan.definition.bind(shard.train, held_out, shard.name)

@@ -8,12 +8,12 @@ The run never depends on it: a worker that lost its journal is sent its task aga
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,11 +24,13 @@ from broker.errors import BadMessage, StateError
 from broker.messages import Message, TrainRound, UpdateReady
 from broker.tensors import Buffer
 from broker.wire import decode, encode
+from workers.lane import Lane
 from workers.residual import Residual
 
 log = structlog.get_logger(__name__)
 
 LONGEST_COUNT = 10  # digits
+SYNCED_FROM_S = 1.0  # of training
 
 
 @dataclass(slots=True)
@@ -55,7 +57,9 @@ class Journal(Protocol):
     async def load(self) -> Remembered:
         """What was remembered; damaged parts are set aside and forgotten, with a log line."""
 
-    async def save_order(self, frame: bytes) -> None: ...
+    async def turn(self, order: bytes | None, settles: bool | None) -> None:  # noqa: FBT001
+        """Takes in what an order says: itself, if it is to be done; and what became of the held update, if that is
+        forgotten now. What that owes is in force from now on if it was counted (true), and forgotten if not."""
 
     async def save_held(self, held: Held, owes: Residual | None = None) -> None:
         """`owes`: the residual that will be in force if this update is counted; None: the one that is stays."""
@@ -63,9 +67,6 @@ class Journal(Protocol):
     async def note_upload(self, held: Held) -> None:
         """Notes that the held update is on its way, and how far; or, once it is sent or none is confirmed, that
         there is nothing to go on with."""
-
-    async def settle_held(self, *, counted: bool) -> None:
-        """Forgets the update. What it owes is in force from now on if it was counted, and forgotten if not."""
 
     async def residual(self) -> Residual | None:
         """The residual that is in force: of the last update that was counted."""
@@ -84,19 +85,19 @@ class MemoryJournal:
     async def load(self) -> Remembered:
         return self._remembered
 
-    async def save_order(self, frame: bytes) -> None:
-        self._remembered = Remembered(frame, self._remembered.held)
+    async def turn(self, order: bytes | None, settles: bool | None) -> None:  # noqa: FBT001
+        before = self._remembered
+        self._remembered = Remembered(order or before.order, before.held if settles is None else None)
+        if settles and self._next is not None:
+            self._owed = self._next
+        if settles is not None:
+            self._next = None
 
     async def save_held(self, held: Held, owes: Residual | None = None) -> None:
         self._remembered, self._next = Remembered(self._remembered.order, held), owes
 
     async def note_upload(self, held: Held) -> None:
         """It remembers the update as the object that it is, and that knows."""
-
-    async def settle_held(self, *, counted: bool) -> None:
-        if counted and self._next is not None:
-            self._owed = self._next
-        self._remembered, self._next = Remembered(self._remembered.order), None
 
     async def residual(self) -> Residual | None:
         return self._owed
@@ -106,9 +107,15 @@ class MemoryJournal:
 
 
 class FileJournal:
-    """Files in a directory of this participant alone, each replaced as a whole and synced."""
+    """Files in a directory of this participant alone, each replaced as a whole.
 
-    def __init__(self, directory: Path) -> None:
+    Synced is what took long: an update that was trained in less than a second, and an order, cost less to have
+    again than to sync. Journals of one process may share a lane.
+    """
+
+    def __init__(self, directory: Path, lane: Lane | None = None) -> None:
+        self._lane = lane or Lane("journal")
+        self._is_owed: bool | None = None  # whether there is a residual in force, as far as is known
         self._order = directory / "order.frame"
         self._update = directory / "update.frame"
         self._body = directory / "update.safetensors"
@@ -117,25 +124,30 @@ class FileJournal:
         self._next = directory / "residual.next"  # of the held update
 
     async def load(self) -> Remembered:
-        return await asyncio.to_thread(self._load)
+        return await self._lane.run(self._load)
 
-    async def save_order(self, frame: bytes) -> None:
-        await asyncio.to_thread(_replace, self._order, frame)
+    async def turn(self, order: bytes | None, settles: bool | None) -> None:  # noqa: FBT001
+        if order is not None or settles is not None:
+            await self._lane.run(partial(self._turn, order, settles))
 
     async def save_held(self, held: Held, owes: Residual | None = None) -> None:
-        await asyncio.to_thread(self._save_held, held, owes)
+        await self._lane.run(partial(self._save_held, held, owes))
 
     async def note_upload(self, held: Held) -> None:
-        await asyncio.to_thread(self._note_upload, held)
-
-    async def settle_held(self, *, counted: bool) -> None:
-        await asyncio.to_thread(self._settle_held, counted)
+        await self._lane.run(partial(self._note_upload, held))
 
     async def residual(self) -> Residual | None:
-        return await asyncio.to_thread(self._residual)
+        return await self._lane.run(self._residual) if self._is_owed is not False else None
 
     async def drop_residual(self) -> None:
-        await asyncio.to_thread(_remove, self._owed)
+        self._is_owed = False
+        await self._lane.run(partial(_remove, self._owed))
+
+    def _turn(self, order: bytes | None, settles: bool | None) -> None:  # noqa: FBT001
+        if order is not None:
+            _replace(self._order, order, synced=False)
+        if settles is not None:
+            self._settle_held(settles)
 
     def _note_upload(self, held: Held) -> None:
         if held.confirmed and not held.sent:
@@ -149,21 +161,25 @@ class FileJournal:
 
     def _save_held(self, held: Held, owes: Residual | None) -> None:
         self._drop_held()  # never a header that names another update's body, or stands beside another's residual
-        _replace(self._body, held.blob)
+        synced, inline = held.update.seconds >= SYNCED_FROM_S, _is_inline(held.update)
+        if not inline:
+            _replace(self._body, held.blob, synced=synced)
         if owes is None:
             _remove(self._next)
         else:
-            _replace(self._next, owes.to_bytes())
-        _replace(self._update, encode(held.update))
+            _replace(self._next, owes.to_bytes(), synced=synced)
+        _replace(self._update, encode(held.update, held.blob if inline else b""), synced=synced)
 
     def _settle_held(self, counted: bool) -> None:  # noqa: FBT001
         if counted:  # first: whoever is killed now is told again that it was counted
+            self._is_owed = None
             _rename(self._next, self._owed)
         self._drop_held()
         _remove(self._next)
 
     def _residual(self) -> Residual | None:
         content = _read(self._owed)
+        self._is_owed = content is not None
         try:
             return None if content is None else Residual.from_bytes(content)
         except BadMessage as bad:
@@ -175,7 +191,8 @@ class FileJournal:
         update = _frame(self._update, UpdateReady)
         if update is None:
             return Remembered(order and order[1])
-        message, blob = update[0], _read(self._body) or b""
+        message, frame = update
+        blob: Buffer = decode(frame)[1] if _is_inline(message) else _read(self._body) or b""
         body = message.body if isinstance(message, UpdateReady) else None
         if isinstance(message, UpdateReady) and (body is None or hashlib.sha256(blob).hexdigest() == body.sha256):
             held = Held(message, blob)
@@ -191,6 +208,10 @@ class FileJournal:
         count, chunks = note.partition(b" ")[0], held.update.body.chunks if held.update.body else 0
         confirmed = int(count) if count.isdigit() and len(count) < LONGEST_COUNT else 0
         return confirmed if confirmed <= chunks and note == _note(held, confirmed) else 0
+
+
+def _is_inline(message: Message) -> bool:
+    return isinstance(message, UpdateReady) and message.body is not None and message.body.where == "inline"
 
 
 def _note(held: Held, confirmed: int) -> bytes:
@@ -242,10 +263,10 @@ def _rename(path: Path, to: Path) -> None:
         rename_file(path, to)
 
 
-def _replace(path: Path, content: Buffer) -> None:
+def _replace(path: Path, content: Buffer, *, synced: bool = True) -> None:
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, content, path.with_suffix(".new"))
+        replace_file(path, content, path.with_suffix(".new"), synced=synced)
 
 
 @contextmanager

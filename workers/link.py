@@ -12,7 +12,7 @@ import structlog
 
 from broker.errors import AccessRefused, BadMessage, ConfigError, ConnectionLost, TransportError
 from broker.messages import FromParticipant, Where
-from broker.payloads import Address, Arrived, Assembly, collect, upload, verify
+from broker.payloads import PREFETCH, Address, Arrived, Assembly, collect, upload, verify
 from broker.retry import Backoff, publish
 from broker.store import Store
 from broker.tensors import Buffer
@@ -114,6 +114,10 @@ class Link:
     async def fetch(self, run_id: str, where: Where, payload: memoryview) -> Buffer:
         """The bytes of a run's global model. Raises TransportError, or BadMessage if they are not there or damaged;
         ConfigError if they are in a claim-check store and this site names none."""
+        if where.where == "url":
+            handed_over = self._known_store().handed_over(self._topology.model_place(run_id), where)
+            if handed_over is not None:
+                return handed_over
         blob = payload if where.where == "inline" else await self._download(run_id, where)
         await verify(blob, where)
         return blob
@@ -137,7 +141,7 @@ class Link:
 
     async def _collect(self, partial: Assembly) -> None:
         offset = max(partial.where.first_offset, partial.read_to)
-        stream = await _connected(self._reader).read(partial.where.stream, offset=offset)
+        stream = await _connected(self._reader).read(partial.where.stream, offset=offset, prefetch=PREFETCH)
         try:
             await collect(stream, partial, end=None, patience_s=self._settings.patience_s)
         finally:

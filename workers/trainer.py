@@ -6,13 +6,16 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from broker import codecs, tensors
 from broker.errors import BadMessage, TaskError
 from broker.messages import TrainRound, UpdateReady, Where
 from broker.payloads import describe
+from workers.heap import Freed
 from workers.journal import Held
 from workers.residual import Residual
 from workers.task import Arrays, LearningTask, TrainConfig, train_seed
@@ -54,18 +57,21 @@ class Finished:
     owes: Residual | None = None
 
 
-def carry_out(task: LearningTask, errand: Errand, config: TrainConfig, sizes: Sizes) -> Finished:
-    """Trains or evaluates as told. Raises TaskError if the task returns nonsense, and whatever it raises."""
+def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finished:
+    """Trains or evaluates as told; the update is still to be `described`.
+
+    Raises TaskError if the task returns nonsense, and whatever it raises.
+    """
     began = time.monotonic()
     told, base = errand.told, tensors.decode(errand.blob)
     body: tensors.Buffer = b""
     codec, owes = codecs.NONE, None
     if told.work == "train":
-        result = task.train(base, config)
-        packing = chosen(told.codecs)
-        packed = _packed(packing, _changes(result.arrays, base, config.wants), errand, config.seed)
+        result, packing = task.train(base, config), chosen(told.codecs)
+        arrays, num_examples, metrics = dict(result.arrays), result.num_examples, result.metrics
+        del result  # nobody needs all arrays beside the update that they become
+        packed = _packed(packing, arrays, base, errand, config)
         body, codec, owes = packed.body, packing.name, _owing(packed, errand)
-        num_examples, metrics = result.num_examples, result.metrics
     else:
         measured = task.evaluate(base)
         num_examples, metrics = measured.num_examples, measured.metrics
@@ -83,9 +89,16 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig, sizes: Si
         metrics={name: float(value) for name, value in metrics.items()},
         seconds=time.monotonic() - began,
         codec=codec,
-        body=sizes.describe(body, told.model) if body else None,
     )
     return Finished(Held(update, body), owes)
+
+
+def described(finished: Finished, model: Where | None, sizes: Sizes) -> Finished:
+    """The same with how its body travels, if it has one; hashing that need not keep others from training."""
+    held = finished.held
+    if held.blob:
+        held.update = held.update.model_copy(update={"body": sizes.describe(held.blob, model)})
+    return finished
 
 
 def chosen(allowed: Sequence[str]) -> codecs.Packing:
@@ -93,11 +106,26 @@ def chosen(allowed: Sequence[str]) -> codecs.Packing:
     return codecs.packing(next((name for name in allowed if codecs.is_known(name)), codecs.NONE))
 
 
-def _packed(packing: codecs.Packing, changes: Arrays, errand: Errand, seed: int) -> codecs.Packed:
+def _packed(
+    packing: codecs.Packing, arrays: Arrays, base: Arrays, errand: Errand, config: TrainConfig
+) -> codecs.Packed:
+    """The update that trained arrays, or gradients, come to. What became part of it is taken out of `arrays`."""
+    _check(arrays, base)
+    if packing.name == codecs.NONE and errand.residual is None:
+        freed = Freed()
+
+        def write(name: str, out: NDArray[Any]) -> None:
+            _change(name, arrays, base, config, out)
+            freed.note(out.nbytes)
+
+        return codecs.Packed(tensors.encode_each(base, write), {})
+    changes = {name: np.empty(values.shape, values.dtype) for name, values in base.items()}
+    for name, out in changes.items():
+        _change(name, arrays, base, config, out)
     due, missed = {}, 0
     if errand.residual is not None:
         due, missed = errand.residual.arrays(errand.told, changes), errand.residual.missed(errand.told)
-    return packing.pack(changes, due, np.random.default_rng([seed, CODEC_DRAWS]), missed)
+    return packing.pack(changes, due, np.random.default_rng([config.seed, CODEC_DRAWS]), missed)
 
 
 def _owing(packed: codecs.Packed, errand: Errand) -> Residual | None:
@@ -112,11 +140,15 @@ def train_config(told: TrainRound, participant: str, should_stop: Callable[[], b
     return TrainConfig(told.round, seed, told.settings, told.wants, should_stop)
 
 
-def _changes(arrays: Arrays, base: Arrays, wants: str) -> Arrays:
+def _check(arrays: Arrays, base: Arrays) -> None:
     try:
         tensors.check_like(arrays, base)
     except BadMessage as bad:
         raise TaskError(f"the task returned other arrays than it was given: {bad}") from None
-    if wants == "gradient":
-        return arrays
-    return {name: np.subtract(trained, base[name], dtype=trained.dtype) for name, trained in arrays.items()}
+
+
+def _change(name: str, arrays: Arrays, base: Arrays, config: TrainConfig, out: NDArray[Any]) -> None:
+    if config.wants == "gradient":
+        np.copyto(out, arrays.pop(name))
+    else:
+        np.subtract(arrays.pop(name), base[name], out=out)

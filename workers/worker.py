@@ -13,12 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
 from broker.errors import BadMessage, FluffleError, StateError, TransportError
-from broker.messages import Fate, Heartbeat, Join, Leave, Phase, TrainFailed, TrainRound
+from broker.messages import Fate, Heartbeat, Join, Leave, Phase, TrainFailed, TrainRound, UpdateReady
 from broker.offload import contained, off_loop
 from broker.store import Store
 from broker.tensors import Buffer
@@ -27,12 +27,12 @@ from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
 from broker.wire import decode, decode_again
 from workers.journal import Held, Journal
+from workers.lane import Lane
 from workers.link import Link, WorkerSettings
 from workers.residual import Residual
 from workers.status import WorkerStatus, waits_for
 from workers.task import LearningTask, WorkAbandoned
-from workers.thread import TrainingThread
-from workers.trainer import Errand, Finished, carry_out, train_config
+from workers.trainer import Errand, Finished, carry_out, described, train_config
 from workers.upload import Upload
 
 SOFTWARE = f"fluffle {version('fluffle')}"
@@ -58,7 +58,7 @@ class Site:
     participant: str
     task_for: TaskFor
     journal: Journal
-    thread: TrainingThread = field(default_factory=TrainingThread)
+    thread: Lane = field(default_factory=lambda: Lane("train"))
     store: Store | None = None
 
 
@@ -126,7 +126,7 @@ class Worker:
             self._order = Order(told, payload) if isinstance(told, TrainRound) else None
             self._is_news = False
             if self._order and self._held:  # it may be what tells its fate
-                await self._settle(self._held, self._order.told)
+                await self._take_in(self._order.told, remembered.order)
         async with asyncio.TaskGroup() as group:
             link = group.create_task(self._link.run(self), name=f"{self.participant} link")
             self._news.set()
@@ -156,9 +156,8 @@ class Worker:
             )
             await delivery.ack()
             return
-        if order.told.asks(self.participant):
-            await self.site.journal.save_order(delivery.body)
         # Before it is begun: what it owes depends on the fate of the last update.
+        await self._take_in(order.told, delivery.body)
         await self._consider(order.told, is_new=before is None or order.told.rank != before.rank)
         self._order, self._is_news = order, True
         self._news.set()
@@ -178,26 +177,24 @@ class Worker:
         doing, held = self._training, self._held
         if doing and (is_over(told, doing.run_id) or (told.task != doing.task and not told.late_counts)):
             self._abandoned.set()
-        if held and not await self._settle(held, told):
+        if held:
             if told.fates.get(self.participant, (0, "missing"))[0] == held.update.task:
                 await self._send_again(held)
             elif is_new and told.task == held.update.task and told.asks(self.participant):
                 await self.on_heartbeat()  # it did not have it when it asked; has it come meanwhile?
 
-    async def _settle(self, held: Held, told: TrainRound) -> bool:
-        """Whether the order tells the held update's fate, or nobody will. Then it is forgotten."""
-        task, fate = told.fates.get(self.participant, (0, "missing"))
-        if not (is_over(told, held.update.run_id) or (task >= held.update.task and fate != "missing")):
-            return False
-        is_same_run = told.run_id == held.update.run_id
-        counted = is_same_run and (task, fate) == (held.update.task, "counted")
+    async def _take_in(self, told: TrainRound, frame: bytes) -> None:
+        """Journals the order if it asks for something, and forgets the held update if its fate is told, or nobody
+        will tell it."""
         async with self._keeping:
-            if self._held is held:
-                await self.site.journal.settle_held(counted=counted)
-                self._held, self._settled = None, (held.update.task, fate)
+            held = self._held
+            settled = settlement(held.update, told) if held else None
+            order = frame if told.asks(self.participant) else None
+            await self.site.journal.turn(order, settled.counted if settled else None)
+            if held and settled:
+                self._held, self._settled = None, (held.update.task, settled.fate)
                 self._since = self._settings.clock()
-                self._notice("update_settled", task=held.update.task, fate=fate)
-        return True
+                self._notice("update_settled", task=held.update.task, fate=settled.fate)
 
     async def _send_again(self, held: Held) -> None:
         """The aggregator does not have it, and the outbox may have lost what was confirmed: all of it is sent.
@@ -299,9 +296,11 @@ class Worker:
         config = train_config(order.told, self.participant, self._abandoned.is_set)
 
         def work() -> Finished:
-            return carry_out(self.site.task_for(order.told), errand, config, self._settings.sizes)
+            return carry_out(self.site.task_for(order.told), errand, config)
 
-        finished = await self.site.thread.run(contained(work))
+        trained = await self.site.thread.run(contained(work))
+        size_bytes, sizes = len(trained.held.blob), self._settings.sizes
+        finished = await off_loop(size_bytes, described, trained, order.told.model, sizes)
         await self._lag(self._settings.lag_s(finished.held.update.seconds))
         return finished  # what is finished is published, even if it may be late: the ledger shall know
 
@@ -327,6 +326,21 @@ class Worker:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._abandoned.wait(), lag_s)
                 raise WorkAbandoned("a newer round began")
+
+
+class Settlement(NamedTuple):
+    """What became of an update. `counted`: this one was, and not another of the same participant."""
+
+    fate: Fate
+    counted: bool
+
+
+def settlement(held: UpdateReady, told: TrainRound) -> Settlement | None:
+    """What an order tells of a held update; None as long as somebody may still want it."""
+    task, fate = told.fates.get(held.participant, (0, "missing"))
+    if is_over(told, held.run_id) or (task >= held.task and fate != "missing"):
+        return Settlement(fate, told.run_id == held.run_id and (task, fate) == (held.task, "counted"))
+    return None
 
 
 def is_over(told: TrainRound, run_id: str) -> bool:

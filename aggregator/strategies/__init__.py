@@ -25,8 +25,9 @@ class Strategy(Protocol):
     def add(self, arrays: Arrays, weight: int) -> None:
         """Takes one update, all or nothing. Raises BadMessage if its values cannot be summed."""
 
-    def finish(self) -> Arrays:
-        """The new global model. At least one update was added."""
+    def finish(self, out: Arrays | None = None) -> Arrays:
+        """The new global model, written into `out`, if that is given: it may be the model of `start` itself. At
+        least one update was added."""
 
 
 STRATEGIES: dict[str, Callable[[FixedPointSum, float], Strategy]] = {"fedavg": FedAvg, "fedsgd": FedSGD}

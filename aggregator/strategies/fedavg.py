@@ -30,5 +30,5 @@ class FedAvg:
     def add(self, arrays: Arrays, weight: int) -> None:
         self._sum.add(arrays, weight)
 
-    def finish(self) -> Arrays:
-        return self._sum.step(self._model, self._server_lr)
+    def finish(self, out: Arrays | None = None) -> Arrays:
+        return self._sum.step(self._model, self._server_lr, out)

@@ -16,5 +16,5 @@ class FedSGD(FedAvg):
 
     wants: Literal["delta", "gradient"] = "gradient"
 
-    def finish(self) -> Arrays:
-        return self._sum.step(self._model, -self._server_lr)
+    def finish(self, out: Arrays | None = None) -> Arrays:
+        return self._sum.step(self._model, -self._server_lr, out)

@@ -108,9 +108,8 @@ async def test_a_cut_at_every_operation_changes_nothing(
     faults = [FaultAt(AGGREGATOR, purpose, index, Fault("disconnect")) for index in range(part, operations, 4)]
     for fault in faults:
         check(await run_with(fault, tmp_path / f"{fault.index}", LARGE), quiet)
-    assert (
-        sum(fault.struck is None for fault in faults) <= 2
-    )  # a run may need an operation or two fewer than another
+    # A run may need some operations fewer than another: the fewer heartbeats it hears, the quicker it is.
+    assert sum(fault.struck is None for fault in faults) <= 4
 
 
 @pytest.mark.timeout(600)

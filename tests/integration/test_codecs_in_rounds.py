@@ -176,9 +176,9 @@ def one_write_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that died writes no more; here its thread may still do so while the next one begins."""
     write, lock = journal._replace, threading.Lock()
 
-    def locked(path: Path, content: tensors.Buffer) -> None:
+    def locked(path: Path, content: tensors.Buffer, *, synced: bool = True) -> None:
         with lock:
-            write(path, content)
+            write(path, content, synced=synced)
 
     monkeypatch.setattr(journal, "_replace", locked)
 

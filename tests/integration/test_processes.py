@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -265,6 +266,14 @@ def test_200_mb_cut_five_times_cost_at_most_1_15_times_their_bytes(federation: D
     assert 1 < report["ratio"] <= 1.15
 
 
+def appears(path: Path) -> None:
+    """A checkpoint of a model that the record carries comes a moment after it."""
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)
+
+
 # -- misuse, in words -------------------------------------------------------------------------------------------
 
 
@@ -325,6 +334,7 @@ def test_a_run_that_the_broker_lost_goes_on_from_its_checkpoints_or_begins_again
     gate = Gate(tmp_path / "gate")
     leader = federation.aggregator(run)
     federation.worker("p01", pace=gate.pace(3)).wait_for("work_begun", round=3)
+    appears(leader.run_dir / "checkpoints" / "v000002.json")
     leader.kill()
     gate.open()
     with deployment(rabbit, tmp_path) as after:

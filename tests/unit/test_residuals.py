@@ -15,7 +15,7 @@ from broker.messages import TrainRound, Where
 from broker.tensors import Arrays
 from workers.residual import Residual
 from workers.task import Evaluation, TrainConfig, TrainResult
-from workers.trainer import Errand, Finished, Sizes, carry_out, train_config
+from workers.trainer import Errand, Finished, Sizes, carry_out, described, train_config
 
 MODEL = {"w": np.zeros((20, 30), np.float32), "b": np.zeros(7, np.float32), "n": np.zeros((), np.int64)}
 
@@ -58,7 +58,8 @@ def told(
 
 def worked(order: TrainRound, residual: Residual | None = None, participant: str = "p01") -> Finished:
     errand = Errand(order, tensors.encode(MODEL), participant, residual)
-    return carry_out(Adds(), errand, train_config(order, participant, lambda: False), Sizes())
+    finished = carry_out(Adds(), errand, train_config(order, participant, lambda: False))
+    return described(finished, order.model, Sizes())
 
 
 def sent(finished: Finished) -> Arrays:

@@ -235,6 +235,8 @@ def test_fedavg_is_the_mean_of_the_models_weighted_by_examples() -> None:
     for local, examples in ((one, 30), (two, 10)):
         fedavg.add({"w": local["w"] - base["w"]}, examples)
     assert fedavg.finish()["w"].tolist() == [3.5, 2.0]
+    fedavg.finish(base)
+    assert base["w"].tolist() == [3.5, 2.0], "it may take the place of the old one"
 
 
 def test_the_servers_step_size_scales_the_mean_change() -> None:

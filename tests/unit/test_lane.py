@@ -1,4 +1,4 @@
-"""The thread that trains: one piece of work after the other, results in their order, errors where they belong."""
+"""A lane of work: one piece of work after the other, results in their order, errors where they belong."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from workers.thread import TrainingThread
+from workers.lane import Lane
 
 
 async def test_work_is_done_one_after_the_other_in_a_thread_of_its_own() -> None:
-    thread, running, order = TrainingThread(), [0], list[int]()
+    thread, running, order = Lane("train"), [0], list[int]()
 
     def work(number: int) -> str:
         running[0] += 1
@@ -27,7 +27,7 @@ async def test_work_is_done_one_after_the_other_in_a_thread_of_its_own() -> None
 
 
 async def test_errors_are_raised_where_they_are_awaited() -> None:
-    thread = TrainingThread()
+    thread = Lane("train")
 
     def fail() -> None:
         raise ValueError("this one")
@@ -40,7 +40,7 @@ async def test_errors_are_raised_where_they_are_awaited() -> None:
 
 
 async def test_quick_work_is_told_while_slow_work_waits_behind_it() -> None:
-    thread, gate = TrainingThread(), threading.Event()
+    thread, gate = Lane("train"), threading.Event()
     quick = asyncio.create_task(thread.run(lambda: 1))
     slow = asyncio.create_task(thread.run(gate.wait))
     await asyncio.wait_for(quick, 5)
@@ -51,7 +51,7 @@ async def test_quick_work_is_told_while_slow_work_waits_behind_it() -> None:
 
 
 async def test_what_was_cancelled_before_it_began_is_not_done() -> None:
-    thread, gate, done = TrainingThread(), threading.Event(), list[int]()
+    thread, gate, done = Lane("train"), threading.Event(), list[int]()
     first = asyncio.create_task(thread.run(gate.wait))
     second = asyncio.create_task(thread.run(lambda: done.append(2)))
     await asyncio.sleep(0)

@@ -1,7 +1,7 @@
-"""The thread that trains, whoever's turn it is.
+"""A thread for work that must not be done on the event loop, one piece after the other: training, or a disk.
 
-Many participants may share a process, and training may take microseconds: then waking the event loop for every
-finished piece of work costs more than the work. So whatever is finished until the loop looks is told together.
+Many participants may share a process, and a piece of work may take microseconds: then waking the event loop for
+every finished one costs more than the work. So whatever is finished until the loop looks is told together.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Result = TypeVar("Result")
 Outcome = tuple["asyncio.Future[Any]", Any, BaseException | None]
 
 
-class TrainingThread:
+class Lane:
     """Does one piece of work after the other. Used from one event loop at a time.
 
     Without locks: appending to a deque and taking from it are whole steps, and the flag is put down before the loop
     looks and put up after something was appended, so nothing is missed.
     """
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "train")
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, name)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finished: deque[Outcome] = deque()
         self._waking = False  # the loop knows that something is finished, and has not looked yet
