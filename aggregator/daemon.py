@@ -35,6 +35,8 @@ from aggregator.strategies import make_strategy
 from aggregator.takeover import Takeover, commit, mark_end
 from aggregator.ways import Ways
 from broker import tensors
+from broker.codecs import NONE
+from broker.codecs.difference import difference
 from broker.errors import (
     AccessRefused,
     BadMessage,
@@ -48,6 +50,7 @@ from broker.head import ClosedRound, HeadRecord
 from broker.messages import (
     Barrier,
     Control,
+    Difference,
     FromParticipant,
     Heartbeat,
     Join,
@@ -485,13 +488,31 @@ class Term:
     async def _new_version(self, record: HeadRecord) -> HeadRecord:
         """The record with the round's new model, stored and measured but not yet committed."""
         arrays = await off_loop(len(self.blob), self.strategy.finish)
+        arrays, step = await self._stepped(arrays)
         self.blob = await off_loop(len(self.blob), tensors.encode, arrays)
         self.model = tensors.decode(self.blob)
         where = await self.models.put(record.run_id, self.blob)
+        way = await self._way(record, step)
         metrics = dict(record.metrics)
         if evaluation_due(self.settings, "central", record.round):
             metrics |= await self.job.measure(self.model, self.around.on_notice)
-        return record.with_(version=record.version + 1, model=where, previous=record.model, metrics=metrics)
+        return record.with_(
+            version=record.version + 1, model=where, previous=record.model, difference=way, metrics=metrics
+        )
+
+    async def _stepped(self, arrays: tensors.Arrays) -> tuple[tensors.Arrays, tensors.Buffer | None]:
+        """The version to commit, and its difference to the one before if participants are to have that, too."""
+        codec = self.settings.codec.down
+        if codec == NONE or not self.models.is_large(self.blob):
+            return arrays, None
+        return await off_loop(len(self.blob), difference, codec, self.model, arrays)
+
+    async def _way(self, record: HeadRecord, step: tensors.Buffer | None) -> Difference | None:
+        """Where the difference to the record's model is, once it is there."""
+        if step is None or record.model is None:
+            return None
+        body = await self.models.put_difference(record.run_id, step)
+        return Difference(base=record.model.sha256, codec=self.settings.codec.down, body=body)
 
     async def _reopen(self, current: Round, record: HeadRecord) -> None:
         """Changes who is asked, or until when; what was accepted stays, for the record's offset stays too."""

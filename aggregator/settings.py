@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from broker.codecs import NONE, packing
+from broker.codecs.difference import check_name
 from broker.errors import ConfigError
 from broker.messages import Federation, Part, RunId, Settings, Word
 from broker.payloads import MIN_CHUNK_BYTES, MIN_PART_BYTES
@@ -117,6 +118,23 @@ class CodecSettings(Part):
             "`sign` or `powersgd:RANK`, each also with `+zstd`; of several a worker takes the first that it knows"
         ),
     ] = NONE
+
+    down: Annotated[
+        Word,
+        Field(
+            description="a large model also travels as its difference to the version before, for who has that: "
+            "`none`, `xor+zstd` (nothing is lost), or `fp16`, `bf16`, `int8`, each also with `+zstd`"
+        ),
+    ] = NONE
+
+    @field_validator("down")
+    @classmethod
+    def _known_down(cls, value: str) -> str:
+        try:
+            check_name(value)
+        except ConfigError as unknown:
+            raise ValueError(str(unknown)) from None
+        return value
 
     @field_validator("up")
     @classmethod

@@ -291,9 +291,7 @@ class Worker:
         self._done = (told.run_id, told.task, told.attempt)
 
     async def _carry_out(self, order: Order) -> Finished:
-        if order.told.model is None:
-            raise BadMessage("the order names no model")
-        blob = await self._link.fetch(order.told.run_id, order.told.model, order.payload)
+        blob = await self._link.fetch(order.told, order.payload)
         residual = await self._residual(order.told, blob) if order.told.work == "train" else None
         errand = Errand(order.told, blob, self.participant, residual)
         config = train_config(order.told, self.participant, self._abandoned.is_set)
