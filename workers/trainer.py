@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,20 +38,25 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Errand:
-    """What is to be done with which model, for whom. `residual`: what the updates before owe to this one."""
+    """What is to be done with which model, for whom, and how the update is encoded. `residual`: what the updates
+    before owe to this one."""
 
     told: TrainRound
     blob: tensors.Buffer
     participant: str
+    packing: codecs.Packing
     residual: Residual | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A finished update, and what it owes to the next if it is counted; None: that does not change."""
+    """A finished update, and what it owes to the next if it is counted; None: that does not change. How long
+    training and encoding took."""
 
     held: Held
     owes: Residual | None = None
+    trained_s: float = 0.0
+    encoded_s: float = 0.0
 
 
 def carry_out(task: LearningTask, errand: Errand, config: TrainConfig, sizes: Sizes) -> Finished:
@@ -59,12 +64,13 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig, sizes: Si
     began = time.monotonic()
     told, base = errand.told, tensors.decode(errand.blob)
     body: tensors.Buffer = b""
-    codec, owes = codecs.NONE, None
+    codec, owes, trained_s, encoded_s = codecs.NONE, None, 0.0, 0.0
     if told.work == "train":
         result = task.train(base, config)
-        packing = chosen(told.codecs)
-        packed = _packed(packing, _changes(result.arrays, base, config.wants), errand, config.seed)
-        body, codec, owes = packed.body, packing.name, _owing(packed, errand)
+        trained_s = time.monotonic() - began
+        packed = _packed(_changes(result.arrays, base, config.wants), errand, config.seed)
+        encoded_s = time.monotonic() - began - trained_s
+        body, codec, owes = packed.body, errand.packing.name, _owing(packed, errand)
         num_examples, metrics = result.num_examples, result.metrics
     else:
         measured = task.evaluate(base)
@@ -85,19 +91,14 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig, sizes: Si
         codec=codec,
         body=sizes.describe(body, told.model) if body else None,
     )
-    return Finished(Held(update, body), owes)
+    return Finished(Held(update, body), owes, trained_s, encoded_s)
 
 
-def chosen(allowed: Sequence[str]) -> codecs.Packing:
-    """The first that this worker knows of those that the run allows; an older one may know none."""
-    return codecs.packing(next((name for name in allowed if codecs.is_known(name)), codecs.NONE))
-
-
-def _packed(packing: codecs.Packing, changes: Arrays, errand: Errand, seed: int) -> codecs.Packed:
+def _packed(changes: Arrays, errand: Errand, seed: int) -> codecs.Packed:
     due, missed = {}, 0
     if errand.residual is not None:
         due, missed = errand.residual.arrays(errand.told, changes), errand.residual.missed(errand.told)
-    return packing.pack(changes, due, np.random.default_rng([seed, CODEC_DRAWS]), missed)
+    return errand.packing.pack(changes, due, np.random.default_rng([seed, CODEC_DRAWS]), missed)
 
 
 def _owing(packed: codecs.Packed, errand: Errand) -> Residual | None:

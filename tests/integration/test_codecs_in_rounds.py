@@ -27,6 +27,7 @@ from broker.wire import decode
 from fluffle.chaos.task import Pull
 from tests.federation import Federation, names, settings
 from workers import journal
+from workers.choice import Measured
 from workers.journal import FileJournal, MemoryJournal
 from workers.link import WorkerSettings
 from workers.task import TrainConfig, TrainResult
@@ -103,11 +104,29 @@ async def test_two_runs_give_the_same_bits(tmp_path: Path, codec: str) -> None:
 async def test_who_knows_none_of_the_codecs_sends_arrays_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.trainer.codecs.is_known", lambda name: name == "none")
+    monkeypatch.setattr("workers.choice.is_known", lambda name: name == "none")
     crowd = federation(tmp_path)
     await crowd.run(settings(3, 1, codec={"up": "int8"}))
     assert {update.codec for update in await updates(crowd.broker)} == {"none"}
     assert [d.verdict for d in await crowd.ledger()] == ["counted"] * 3
+
+
+async def test_a_worker_chooses_by_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """p03 believes that its link is slow; the others send small arrays as they are."""
+    monkeypatch.setattr("workers.choice.UNKNOWN_ENCODER", 1e12)
+    crowd = federation(tmp_path)
+    third = Watched(crowd, "p03")
+    crowd.participants = names(2)
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group, crowd.workers():
+        worker = third.worker()
+        worker._seen = Measured(link=1000.0)
+        running = group.create_task(worker.run())
+        await crowd.aggregator(settings(3, 3, codec={"up": "auto"})).run()
+        worker.stop()
+        await running
+    used = {name: {u.codec for u in await updates(crowd.broker) if u.participant == name} for name in names(3)}
+    assert used == {"p01": {"none"}, "p02": {"none"}, "p03": {"topk:0.01+zstd"}}
+    assert [d.verdict for d in await crowd.ledger()] == ["counted"] * 9
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------
