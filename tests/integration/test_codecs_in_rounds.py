@@ -298,11 +298,25 @@ async def test_what_a_refused_update_owed_is_not_owed(tmp_path: Path) -> None:
     """It is asked again in the next attempt, and pays what was owed before. With its residual in force the next
     update would be beyond the bounds, too."""
     crowd = federation(tmp_path)
-    crowd.tasks["p03"] = RefusedOnce("p03", SIZE)
-    await crowd.run(settings(3, 4, codec={"up": "sign"}, round={"quorum": 3, "deadline_s": 1.0}))
+    kept, owed = MemoryJournal(), []
+
+    def hear(event: str, **fields: object) -> None:
+        if event == "work_begun":
+            owed.append(kept._owed and kept._owed.round)
+
+    crowd.participants = names(2)
+    run = settings(3, 4, codec={"up": "sign"}, round={"quorum": 3, "deadline_s": 1.0})
+    waits = WorkerSettings(0.2, patience_s=5.0, retry_s=0.1, on_notice=hear)
+    bad = Worker(Site("p03", always(RefusedOnce("p03", SIZE)), kept), crowd.broker, TOPOLOGY, waits)
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group, crowd.workers():
+        running = group.create_task(bad.run())
+        await crowd.aggregator(run).run()
+        bad.stop()
+        await running
     verdicts = [(d.participant, d.verdict) for d in await crowd.ledger()]
     assert verdicts.count(("p03", "refused")) == 1
     assert verdicts.count(("p03", "counted")) == 4
+    assert owed == [None, 1, 1, 2, 3]
 
 
 class LateOnce(Pull):
