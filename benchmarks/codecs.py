@@ -5,7 +5,8 @@
 Real training in whole runs on the embedded broker, for every codec: MNIST (`mnist-2nn`, `mnist-logreg`) and digits,
 with ten participants whose data is alike (`iid`) or skewed (`dirichlet:0.5`). Accuracy is the mean of the last five
 rounds and of up to two seeds, on examples that nobody trains on. Bytes are those of each update's whole message,
-of which the envelope is what is not its body. Writes `benchmarks/results/codecs.json` and `docs/codecs.png`.
+of which the envelope is what is not its body. And how long a
+model of 100 MB takes. Writes `benchmarks/results/codecs.json` and `docs/codecs.png`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean
 
 import click
+import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.measure import RESULTS, Line, line, report, table, write
+from broker.codecs import packing
 from broker.errors import BadMessage
 from broker.memory import MemoryBroker
 from broker.messages import MAX_ITEMS, Chunk, UpdateReady
@@ -134,6 +138,31 @@ async def _sizes(broker: MemoryBroker, federation: str) -> list[tuple[int, int]]
     return sizes
 
 
+# -- how fast they are -----------------------------------------------------------------------------------------
+
+
+def speeds() -> Iterator[Line]:
+    """Seconds for a model of 25 million values, beside those of copying it three times; the quickest of three."""
+    model = {"w": np.random.default_rng(1).normal(0, 0.01, (5000, 5000)).astype(np.float32)}
+    copy_s = _quickest(lambda: [model["w"].copy() for _ in range(3)])
+    for name in CODECS:
+        codec, rng = packing(name), np.random.default_rng(1)
+        body = codec.pack(model, {}, rng).body
+        encode_s = _quickest(lambda codec=codec, rng=rng: codec.pack(model, {}, rng))
+        decode_s = _quickest(lambda codec=codec, body=body: codec.unpack(body, model))
+        yield line("W5", f"encode 100 MB: {name}", "s", encode_s, copy_s)
+        yield line("W5", f"decode 100 MB: {name}", "s", decode_s, copy_s)
+
+
+def _quickest(work: Callable[[], object]) -> float:
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - began)
+    return min(took)
+
+
 # -- all of them -----------------------------------------------------------------------------------------------
 
 
@@ -231,7 +260,7 @@ def main(tasks: tuple[str, ...], codecs: tuple[str, ...], out: Path) -> None:
     found = list(points(runs))
     draw(found, ROOT / "docs" / "codecs.png")
     click.echo(page(found))
-    told = [*lines(found), *lines_down(runs)]
+    told = [*lines(found), *lines_down(runs), *speeds()]
     click.echo(table(told))
     write(
         report("codecs", told, {"points": [asdict(p) for p in found], "runs": [asdict(r) for r in runs]}),
