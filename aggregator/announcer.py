@@ -68,8 +68,7 @@ class Announcer:
             told = set(live) if head.finished else {p for p, (task, _) in head.settled.items() if task == closed}
             for participant in sorted(told.union(missing)):
                 await self.tell(participant, {}, open_round, now)
-        if head.model is not None and head.model.where != "inline":
-            self.bytes_down += head.model.size_bytes * len(missing)
+        self.bytes_down += sum(_fetched_bytes(head, participant) for participant in missing)
 
     async def tell(self, participant: str, fates: Fates, open_round: Round | None, now: float) -> None:
         """Tells one participant what concerns it."""
@@ -91,6 +90,7 @@ class Announcer:
             asked=tuple(asked),
             version=head.version,
             model=head.model,
+            difference=head.difference,
             learning_task=self._settings.learning_task,
             data=self._settings.data,
             settings=self._settings.train,
@@ -111,3 +111,14 @@ class Announcer:
             self.bytes_down += len(frame) * readers
         except Unroutable:
             log.debug("nobody_to_tell", key=key)  # nobody there yet, or gone for so long that the inbox expired
+
+
+def _fetched_bytes(head: HeadRecord, participant: str) -> int:
+    """Of the model, as far as can be told from here: whoever had the version before fetches the difference."""
+    if head.model is None or head.model.where == "inline":
+        return 0
+    last_task = head.settled.get(participant, (0, ""))[0]
+    started_from = {task: sha256 for task, version, sha256 in head.lineage if version}  # nobody keeps version 0
+    if head.difference is not None and started_from.get(last_task) == head.difference.base:
+        return head.difference.body.size_bytes
+    return head.model.size_bytes

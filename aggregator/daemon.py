@@ -35,6 +35,8 @@ from aggregator.strategies import make_strategy
 from aggregator.takeover import Takeover, commit, mark_end
 from aggregator.ways import Ways
 from broker import tensors
+from broker.codecs import NONE
+from broker.codecs.difference import difference
 from broker.errors import (
     AccessRefused,
     BadMessage,
@@ -48,6 +50,7 @@ from broker.head import ClosedRound, HeadRecord
 from broker.messages import (
     Barrier,
     Control,
+    Difference,
     FromParticipant,
     Heartbeat,
     Join,
@@ -484,13 +487,32 @@ class Term:
 
     async def _new_version(self, record: HeadRecord) -> HeadRecord:
         """The record with the round's new model, stored and measured but not yet committed."""
-        self.blob = await off_loop(len(self.blob), self._combine)
+        step: tensors.Buffer | None = None
+        if self.settings.codec.down != NONE and self.models.is_large(self.blob):
+            self.blob, step = await off_loop(len(self.blob), self._combine_stepwise)
+        else:
+            self.blob = await off_loop(len(self.blob), self._combine)
         self.model = tensors.decode(self.blob)
         where = await self.models.put(record.run_id, self.blob)
+        way = await self._way(record, step)
         metrics = dict(record.metrics)
         if evaluation_due(self.settings, "central", record.round):
             metrics |= await self.job.measure(self.model, self.around.on_notice)
-        return record.with_(version=record.version + 1, model=where, previous=record.model, metrics=metrics)
+        return record.with_(
+            version=record.version + 1, model=where, previous=record.model, difference=way, metrics=metrics
+        )
+
+    def _combine_stepwise(self) -> tuple[tensors.Buffer, tensors.Buffer]:
+        """The version to commit, and its difference to the one before, which stays as it is."""
+        arrays, step = difference(self.settings.codec.down, self.model, self.strategy.finish())
+        return tensors.encode(arrays), step
+
+    async def _way(self, record: HeadRecord, step: tensors.Buffer | None) -> Difference | None:
+        """Where the difference to the record's model is, once it is there."""
+        if step is None or record.model is None:
+            return None
+        body = await self.models.put_difference(record.run_id, step)
+        return Difference(base=record.model.sha256, codec=self.settings.codec.down, body=body)
 
     def _combine(self) -> tensors.Buffer:
         """The new model. A large one takes the place of the old one, unless somebody else still looks at that: if

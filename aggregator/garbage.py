@@ -27,7 +27,8 @@ log = structlog.get_logger(__name__)
 
 def models_needed(record: HeadRecord) -> set[str]:
     """The digests of the models that somebody may yet fetch."""
-    named = (record.model, record.state, record.previous)
+    difference = record.difference.body if record.difference else None
+    named = (record.model, record.state, record.previous, difference)
     versions = sorted({(version, sha256) for _, version, sha256 in record.lineage})
     return {where.sha256 for where in named if where} | {sha256 for _, sha256 in versions[-KEPT_MODELS:]}
 

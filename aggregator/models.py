@@ -44,11 +44,25 @@ class Models:
             self._archive.keep(where.sha256, blob)
             return where
         if where.where == "stream":
-            where = await self._put_chunks(run_id, where, blob)
+            stream = self._topology.model(run_id)
+            await self._writer.declare(*self._topology.model_declarations(run_id, where.size_bytes))
+            where = await self._put_chunks(stream, where, blob)
         else:
             await self.put_again(run_id, where, blob)
         await self._archive.store(where.sha256, blob)
         return where
+
+    async def put_difference(self, run_id: str, body: Buffer) -> Where:
+        """Puts a difference where the models are. Nobody needs it for long, so it is not kept on the disk."""
+        where = await off_loop(len(body), self._describe, body, 0)
+        if where.where == "url":
+            await self.put_again(run_id, where, body)
+            return where
+        return await self._put_chunks(self._topology.model(run_id), where, body)
+
+    def is_large(self, blob: Buffer) -> bool:
+        """Whether participants fetch such a model, rather than get it with every order."""
+        return len(blob) > self._settings.inline_bytes
 
     async def put_again(self, run_id: str, where: Where | None, blob: Buffer) -> None:
         """Makes sure that a model in the store is there: somebody may have deleted it."""
@@ -100,14 +114,13 @@ class Models:
         await collect(stream, assembly, end=None, patience_s=self._settings.patience_s)
         await stream.close()
 
-    def _describe(self, blob: Buffer) -> Where:
+    def _describe(self, blob: Buffer, inline_bytes: int | None = None) -> Where:
+        inline_bytes = self._settings.inline_bytes if inline_bytes is None else inline_bytes
         if self._store is not None:
-            return describe(blob, self._settings.inline_bytes, self._part_bytes, "url")
-        return describe(blob, self._settings.inline_bytes, self._settings.chunk_bytes)
+            return describe(blob, inline_bytes, self._part_bytes, "url")
+        return describe(blob, inline_bytes, self._settings.chunk_bytes)
 
-    async def _put_chunks(self, run_id: str, where: Where, blob: Buffer) -> Where:
-        stream = self._topology.model(run_id)
-        await self._writer.declare(*self._topology.model_declarations(run_id, where.size_bytes))
+    async def _put_chunks(self, stream: str, where: Where, blob: Buffer) -> Where:
         tail = await self._reader.read(stream, offset="next", prefetch=1)
         await upload(self._writer, Address("", stream), where, blob)
         first_offset = await self._offset_of(tail, where)

@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from broker.codecs import NONE, packing
+from broker.codecs import LADDER, NONE, packing
+from broker.codecs.difference import check_name
 from broker.errors import ConfigError
 from broker.messages import Federation, Part, RunId, Settings, Word
 from broker.payloads import MIN_CHUNK_BYTES, MIN_PART_BYTES
@@ -107,6 +108,11 @@ class StrategySettings(Part):
     server_lr: Annotated[float, Field(gt=0, description="step size at the aggregator")] = 1.0
 
 
+def names_in(codecs: str) -> tuple[str, ...]:
+    """The codecs that a setting names."""
+    return LADDER if codecs == "auto" else tuple(codecs.split(","))
+
+
 class CodecSettings(Part):
     """How arrays are made smaller before they travel. Both sides always know `none`."""
 
@@ -114,15 +120,33 @@ class CodecSettings(Part):
         Word,
         Field(
             description="how updates are encoded: `none`, `fp16`, `bf16`, `int8`, `qsgd:LEVELS`, `topk:RATIO`, "
-            "`sign` or `powersgd:RANK`, each also with `+zstd`; of several a worker takes the first that it knows"
+            "`sign` or `powersgd:RANK`, each also with `+zstd`; of several (`none,fp16`) a worker takes the first "
+            "whose update is sent in time; `auto`: of " + ",".join(LADDER)
         ),
     ] = NONE
+
+    down: Annotated[
+        Word,
+        Field(
+            description="a large model also travels as its difference to the version before, for who has that: "
+            "`none`, `xor+zstd` (nothing is lost), or `fp16`, `bf16`, `int8`, each also with `+zstd`"
+        ),
+    ] = NONE
+
+    @field_validator("down")
+    @classmethod
+    def _known_down(cls, value: str) -> str:
+        try:
+            check_name(value)
+        except ConfigError as unknown:
+            raise ValueError(str(unknown)) from None
+        return value
 
     @field_validator("up")
     @classmethod
     def _known(cls, value: str) -> str:
         try:
-            for name in value.split(","):
+            for name in names_in(value):
                 packing(name)
         except ConfigError as unknown:
             raise ValueError(str(unknown)) from None
@@ -130,8 +154,8 @@ class CodecSettings(Part):
 
     @property
     def allowed(self) -> tuple[str, ...]:
-        """The codecs that updates may use besides none."""
-        return tuple(name for name in self.up.split(",") if name != NONE)
+        """The codecs that updates may use, the most faithful first; none is always allowed."""
+        return () if self.up == NONE else names_in(self.up)
 
 
 class BrokerSettings(Part):

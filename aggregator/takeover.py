@@ -74,7 +74,7 @@ class Takeover:
         await self._archive.store(record.model.sha256, blob)  # whoever led before had another disk
         if not is_there:
             where = await self._models.put(record.run_id, blob)
-            await commit(self._lead, record.with_(model=where), blob)
+            await commit(self._lead, record.with_(model=where, difference=None), blob)
         return blob
 
     async def _begin(self, now: float, end: Delivery) -> tensors.Buffer:
@@ -92,6 +92,7 @@ class Takeover:
             epoch=epoch,
             seq=old.seq + 1,
             model=where,
+            difference=None,
             updates_from=end.offset,
             marks=marked((), end),
             open=None,

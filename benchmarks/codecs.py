@@ -4,8 +4,9 @@
 
 Real training in whole runs on the embedded broker, for every codec: MNIST (`mnist-2nn`, `mnist-logreg`) and digits,
 with ten participants whose data is alike (`iid`) or skewed (`dirichlet:0.5`). Accuracy is the mean of the last five
-rounds and of up to three seeds, on examples that nobody trains on. Bytes are those of each update's whole message,
-of which the envelope is what is not its body. Writes `benchmarks/results/codecs.json` and `docs/codecs.png`.
+rounds and of up to two seeds, on examples that nobody trains on. Bytes are those of each update's whole message,
+of which the envelope is what is not its body. And how long a
+model of 100 MB takes. Writes `benchmarks/results/codecs.json` and `docs/codecs.png`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean
 
 import click
+import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.measure import RESULTS, Line, line, report, table, write
+from broker.codecs import packing
 from broker.errors import BadMessage
 from broker.memory import MemoryBroker
 from broker.messages import MAX_ITEMS, Chunk, UpdateReady
@@ -37,14 +41,15 @@ from fluffle.rundir import RunDir
 from fluffle.simulation import plan_simulation, run_simulation
 
 CODECS = (
-    "none", "none+zstd", "fp16+zstd", "bf16+zstd", "int8", "int8+zstd", "qsgd:127+zstd", "qsgd:7+zstd",
-    "topk:0.1+zstd", "topk:0.01+zstd", "sign", "powersgd:4",
+    "none", "fp16+zstd", "bf16+zstd", "int8+zstd", "qsgd:127+zstd", "qsgd:7+zstd", "topk:0.01+zstd", "sign",
+    "powersgd:4",
 )  # fmt: skip
+DOWN, LARGE_TASK = ("xor+zstd", "fp16+zstd", "int8+zstd"), "mnist-2nn"
 PARTITIONS = ("iid", "dirichlet:0.5")
-SEEDS = (1, 2, 3)
-SEEDS_OF = {"digits": 3, "mnist-logreg": 3, "mnist-2nn": 1}  # tasks, and how many seeds each
+SEEDS = (1, 2)
+SEEDS_OF = {"digits": 2, "mnist-logreg": 1, "mnist-2nn": 1}  # tasks, and how many seeds each
 PARTICIPANTS, LAST = 10, 5
-ROUNDS_OF = {"digits": 40, "mnist-logreg": 40, "mnist-2nn": 30}
+ROUNDS_OF = {"digits": 40, "mnist-logreg": 30, "mnist-2nn": 30}
 MOST_LOST = {"fp16": 0.005, "bf16": 0.005, "int8": 0.005, "topk:0.01": 0.025}
 LEAST_FEWER = {"topk:0.01": 35.0}
 MOST_ENVELOPE = 300
@@ -62,6 +67,9 @@ class Run:
     update_bytes: float
     envelope_bytes: int
     rounds: tuple[float, ...]
+    down: str = "none"
+    model_bytes: int = 0
+    difference_bytes: int = 0  # between the last two versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +89,14 @@ class Point:
 # -- one run ---------------------------------------------------------------------------------------------------
 
 
-def run(task: str, partition: str, codec: str, seed: int) -> Run:
+def run(task: str, partition: str, codec: str, seed: int, down: str = "none") -> Run:
     """In this process."""
     with tempfile.TemporaryDirectory(prefix="fluffle-bench-") as directory:
         chosen = {
             "task": task,
             "data.partition": partition,
             "codec.up": codec,
+            "codec.down": down,
             "run.seed": seed,
             "run.dir": f"{directory}/run",
             "stop.rounds": ROUNDS_OF[task],
@@ -100,17 +109,29 @@ def run(task: str, partition: str, codec: str, seed: int) -> Run:
         reports: list[float] = []
         display = LogDisplay()
         display.on_report = lambda report: reports.append(report.metrics["accuracy"])  # type: ignore[method-assign]
-        asyncio.run(run_simulation(plan, display))
+        record = asyncio.run(run_simulation(plan, display)).record
         assert isinstance(plan.broker, MemoryBroker)
         sizes = asyncio.run(_sizes(plan.broker, config.broker.federation))
     assert len(sizes) == ROUNDS_OF[task] * PARTICIPANTS
     accuracy = mean(reports[-LAST:])
-    bytes_of_all = mean(envelope + body for envelope, body in sizes)
-    return Run(task, partition, codec, seed, accuracy, bytes_of_all, max(e for e, _ in sizes), tuple(reports))
+    bytes_of_all = mean(size.envelope + size.chunk_headers + size.body for size in sizes)
+    envelope = max(size.envelope for size in sizes)
+    step = record.difference.body.size_bytes if record.difference else 0
+    model = record.model.size_bytes if record.model else 0
+    return Run(task, partition, codec, seed, accuracy, bytes_of_all, envelope, tuple(reports), down, model, step)
 
 
-async def _sizes(broker: MemoryBroker, federation: str) -> list[tuple[int, int]]:
-    """Of every update that was published: what is not its body, and its body. Headers of chunks count."""
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of one update, in bytes: its message without the body, the headers of the body's chunks, and the body."""
+
+    envelope: int
+    chunk_headers: int
+    body: int
+
+
+async def _sizes(broker: MemoryBroker, federation: str) -> list[Size]:
+    """Of every update that was published."""
     reader = await broker.connect(AGGREGATOR, purpose="audit")
     inbox = await reader.read(Topology(federation).updates, offset="first")
     sizes = []
@@ -120,10 +141,38 @@ async def _sizes(broker: MemoryBroker, federation: str) -> list[tuple[int, int]]
         except BadMessage:  # a barrier's neighbour: nothing of ours
             continue
         if isinstance(message, UpdateReady) and message.body:
-            body = message.body
-            chunk = len(encode(Chunk(of=body.sha256, index=MAX_ITEMS - 1, crc32=(1 << 32) - 1)))
-            sizes.append((len(delivery.body) - len(payload) + body.chunks * chunk, body.size_bytes))
+            headers = message.body.chunks * chunk_header_bytes(message.body.sha256)
+            sizes.append(Size(len(delivery.body) - len(payload), headers, message.body.size_bytes))
     return sizes
+
+
+def chunk_header_bytes(sha256: str = "a" * 64) -> int:
+    return len(encode(Chunk(of=sha256, index=MAX_ITEMS - 1, crc32=(1 << 32) - 1)))
+
+
+# -- how fast they are -----------------------------------------------------------------------------------------
+
+
+def speeds() -> Iterator[Line]:
+    """Seconds for a model of 25 million values, beside those of copying it three times; the quickest of three."""
+    model = {"w": np.random.default_rng(1).normal(0, 0.01, (5000, 5000)).astype(np.float32)}
+    copy_s = _quickest(lambda: [model["w"].copy() for _ in range(3)])
+    for name in CODECS:
+        codec, rng = packing(name), np.random.default_rng(1)
+        body = codec.pack(model, {}, rng).body
+        encode_s = _quickest(lambda codec=codec, rng=rng: codec.pack(model, {}, rng))
+        decode_s = _quickest(lambda codec=codec, body=body: codec.unpack(body, model))
+        yield line("W5", f"encode 100 MB: {name}", "s", encode_s, copy_s)
+        yield line("W5", f"decode 100 MB: {name}", "s", decode_s, copy_s)
+
+
+def _quickest(work: Callable[[], object]) -> float:
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - began)
+    return min(took)
 
 
 # -- all of them -----------------------------------------------------------------------------------------------
@@ -131,6 +180,7 @@ async def _sizes(broker: MemoryBroker, federation: str) -> list[tuple[int, int]]
 
 def points(runs: Sequence[Run]) -> Iterator[Point]:
     """Means over the seeds, beside `none` on the same task."""
+    runs = [run for run in runs if run.down == "none"]
     for task, partition, codec in sorted({(run.task, run.partition, run.codec) for run in runs}):
         mine = [run for run in runs if (run.task, run.partition, run.codec) == (task, partition, codec)]
         plain = [run for run in runs if (run.task, run.partition, run.codec) == (task, partition, "none")]
@@ -155,7 +205,19 @@ def lines(found: Sequence[Point]) -> Iterator[Line]:
             yield line("W5", f"accuracy lost: {where}", "", point.lost, most=MOST_LOST[base])
         if base in LEAST_FEWER:
             yield line("W5", f"times fewer bytes: {where}", "", point.fewer, least=LEAST_FEWER[base])
-    yield line("W5", "envelope", "bytes", max(p.envelope_bytes for p in found), most=MOST_ENVELOPE)
+    envelope = max(point.envelope_bytes for point in found)
+    yield line("W5", "update message without its body", "bytes", envelope, most=MOST_ENVELOPE)
+    yield line("W5", "chunk message without its piece", "bytes", chunk_header_bytes())
+
+
+def lines_down(runs: Sequence[Run]) -> Iterator[Line]:
+    """Models as differences to the version before: how much of a whole one they are, and what that costs."""
+    for run in (run for run in runs if run.down != "none"):
+        whole = next(one for one in runs if (one.task, one.partition, one.codec, one.seed, one.down) == (
+            run.task, run.partition, "none", run.seed, "none"))  # fmt: skip
+        name = f"{run.down}, {run.task} {run.partition}"
+        yield line("W5", f"difference, whole model: {name}", "bytes", run.difference_bytes, run.model_bytes)
+        yield line("W5", f"accuracy lost: down {name}", "", round(whole.accuracy - run.accuracy, 4))
 
 
 def draw(found: Sequence[Point], path: Path) -> None:
@@ -186,10 +248,11 @@ def page(found: Sequence[Point]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
 
 
-def planned(tasks: Sequence[str], codecs: Sequence[str]) -> Iterator[tuple[str, str, str, int]]:
+def planned(tasks: Sequence[str], codecs: Sequence[str]) -> Iterator[tuple[str, str, str, int, str]]:
     for task, partition in product(tasks, PARTITIONS):
         for codec, seed in product(codecs, SEEDS[: SEEDS_OF[task]]):
-            yield task, partition, codec, seed
+            yield task, partition, codec, seed, "none"
+    yield from ((LARGE_TASK, "iid", "none", SEEDS[0], down) for down in DOWN if LARGE_TASK in tasks)
 
 
 @click.command()
@@ -201,7 +264,7 @@ def main(tasks: tuple[str, ...], codecs: tuple[str, ...], out: Path) -> None:
     configure_logs("warning")
     done = out.with_suffix(".runs.jsonl")
     runs = [Run(**json.loads(row)) for row in done.read_text().splitlines()] if done.exists() else []
-    known = {(run.task, run.partition, run.codec, run.seed) for run in runs}
+    known = {(run.task, run.partition, run.codec, run.seed, run.down) for run in runs}
     for which in planned(tasks, [*dict.fromkeys(("none", *codecs))]):
         if which not in known:
             runs.append(run(*which))
@@ -211,11 +274,10 @@ def main(tasks: tuple[str, ...], codecs: tuple[str, ...], out: Path) -> None:
     found = list(points(runs))
     draw(found, ROOT / "docs" / "codecs.png")
     click.echo(page(found))
-    click.echo(table(list(lines(found))))
+    told = [*lines(found), *lines_down(runs), *speeds()]
+    click.echo(table(told))
     write(
-        report(
-            "codecs", list(lines(found)), {"points": [asdict(p) for p in found], "runs": [asdict(r) for r in runs]}
-        ),
+        report("codecs", told, {"points": [asdict(p) for p in found], "runs": [asdict(r) for r in runs]}),
         out,
     )
     done.unlink()

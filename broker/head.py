@@ -10,6 +10,7 @@ from pydantic import Field
 from broker.messages import (
     MAX_ITEMS,
     Count,
+    Difference,
     Fate,
     Message,
     Metrics,
@@ -116,6 +117,7 @@ class HeadRecord(Message):
     model: Where | None = None
     state: Where | None = None
     previous: Where | None = None
+    difference: Difference | None = None
     lineage: Annotated[tuple[tuple[Count, Count, Sha256], ...], Field(max_length=1000)] = ()
     open: OpenRound | None = None
     closed: ClosedRound | None = None

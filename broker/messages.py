@@ -78,6 +78,14 @@ class Where(Part):
     chunks: Annotated[int, Field(ge=0, le=MAX_ITEMS)] = 0
 
 
+class Difference(Part):
+    """How whoever has the model `base` comes to the next version: encoded by `codec`, at `body`."""
+
+    base: Sha256
+    codec: Word
+    body: Where
+
+
 class Message(Part):
     """Anything with a `kind` that travels in a frame."""
 
@@ -158,6 +166,7 @@ class TrainRound(Message):
     asked: Annotated[tuple[Participant, ...], Field(max_length=MAX_ITEMS)]
     version: Count
     model: Where | None
+    difference: Difference | None = None  # another way to that model, for who has the one before
     learning_task: Word = ""
     data: Settings = {}
     settings: Settings = {}

@@ -148,7 +148,7 @@ def _types(_: str, meanings: Meanings) -> str:
 # -- messages ----------------------------------------------------------------------------------------------------
 
 PARTS: tuple[type[BaseModel], ...] = (
-    messages.Where, head.OpenRound, head.Decision, head.ClosedRound, head.Best, head.Obeyed,
+    messages.Where, messages.Difference, head.OpenRound, head.Decision, head.ClosedRound, head.Best, head.Obeyed,
 )  # fmt: skip
 RECORDS = {record.__name__: record for record in (*wire.KINDS.values(), *PARTS)}
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--participants", type=click.IntRange(2, 50), default=4, show_default=True, help="How many workers.")
 @click.option("--quorum", is_flag=True, help="All but one suffice for a round; workers are gone for rounds, too.")
 @click.option("--large", is_flag=True, help="A model of 80 kB, which goes in chunks.")
+@click.option("--coded", is_flag=True, help="Updates go as top-k with error feedback, large models as differences.")
 @click.option("--broker", "url", metavar="URL", help="amqp://HOST:PORT/VHOST.  [default: a private RabbitMQ]")
 @secrets_file
 @click.option("--federation", default="chaos", show_default=True, metavar="F", help="Name space on the broker.")
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
               help="Keep logs and run directories there.")  # fmt: skip
 @json_option
 def chaos(
-    seed: int, faults: int, participants: int, quorum: bool, large: bool, url: str | None, secrets: str,  # noqa: FBT001 - flags
-    federation: str, keep: Path | None, json_target: str | None,
+    seed: int, faults: int, participants: int, quorum: bool, large: bool, coded: bool,  # noqa: FBT001 - flags
+    url: str | None, secrets: str, federation: str, keep: Path | None, json_target: str | None,
 ) -> None:  # fmt: skip
     """Break everything on purpose, and check that nothing was lost.
 
@@ -61,7 +62,7 @@ def chaos(
     address = _address(url, secrets, (AGGREGATOR, *names)) if url else None
     shape = Shape(names, faults, own_broker=address is None, quorum=quorum, large=large)
     run_id = f"chaos-{seed}-{token_hex(3)}" if address else f"chaos-{seed}"
-    _go(Scenario(seed, shape, run_id, federation, address), keep, json_target)
+    _go(Scenario(seed, shape, run_id, federation, address, coded=coded), keep, json_target)
 
 
 def _go(scenario: Scenario, keep: Path | None, json_target: str | None) -> None:

@@ -10,8 +10,11 @@ from typing import Protocol
 
 import structlog
 
+from broker import tensors
+from broker.codecs.difference import advanced
 from broker.errors import AccessRefused, BadMessage, ConfigError, ConnectionLost, TransportError
-from broker.messages import FromParticipant, Where
+from broker.messages import Difference, FromParticipant, TrainRound, Where
+from broker.offload import off_loop
 from broker.payloads import PREFETCH, Address, Arrived, Assembly, collect, upload, verify
 from broker.retry import Backoff, publish
 from broker.store import Store
@@ -55,6 +58,14 @@ class Listener(Protocol):
     async def on_heartbeat(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A whole model that was fetched."""
+
+    sha256: str
+    blob: Buffer
+
+
 class Link:
     """One connection to consume and one to publish, made again whenever either is lost.
 
@@ -72,6 +83,7 @@ class Link:
         self._reader: Transport | None = None
         self._writer: Transport | None = None
         self._welcome = False
+        self._kept: Kept | None = None  # the model that a difference may begin with
         self._partial: Assembly | None = None  # what came of a model before the connection was lost
 
     @property
@@ -111,15 +123,44 @@ class Link:
             await self._known_store().upload(place, body, held.blob, first=held.confirmed, after=arrived)
         await self.send(update, held.blob if body is not None and body.where == "inline" else b"")
 
-    async def fetch(self, run_id: str, where: Where, payload: memoryview) -> Buffer:
+    async def fetch(self, told: TrainRound, payload: memoryview) -> Buffer:
         """The bytes of a run's global model. Raises TransportError, or BadMessage if they are not there or damaged;
-        ConfigError if they are in a claim-check store and this site names none."""
-        if where.where == "url":
-            handed_over = self._known_store().handed_over(self._topology.model_place(run_id), where)
+        ConfigError if they are in a claim-check store and this site names none.
+
+        Whoever has the version before fetches the difference, if there is one; and all of it, if that does not
+        lead to the model.
+        """
+        if told.model is None:
+            raise BadMessage("the order names no model")
+        if told.model.where == "url":
+            handed_over = self._known_store().handed_over(self._topology.model_place(told.run_id), told.model)
             if handed_over is not None:
                 return handed_over
-        blob = payload if where.where == "inline" else await self._download(run_id, where)
-        await verify(blob, where)
+        if self._kept is not None and self._kept.sha256 == told.model.sha256:
+            return self._kept.blob
+        blob = await self._advance(told.run_id, told.model, told.difference)
+        if blob is None:
+            blob = payload if told.model.where == "inline" else await self._download(told.run_id, told.model)
+            await verify(blob, told.model)
+        self._kept = Kept(told.model.sha256, blob) if told.difference else None
+        return blob
+
+    async def _advance(self, run_id: str, model: Where, step: Difference | None) -> Buffer | None:
+        """The model by way of the difference to the version that is here; None if that is not to be had."""
+        kept = self._kept
+        if kept is None or step is None or step.base != kept.sha256:
+            return None
+        try:
+            body = await self._download(run_id, step.body)
+            await verify(body, step.body)
+            blob = await off_loop(len(kept.blob), _advanced, kept.blob, step.codec, body)
+            await verify(blob, model)
+        except BadMessage as bad:
+            self._settings.on_notice("difference_not_used", participant=self.participant, reason=bad.reason)
+            return None
+        self._settings.on_notice(
+            "difference_applied", participant=self.participant, bytes=len(body), of=model.size_bytes
+        )
         return blob
 
     async def _download(self, run_id: str, where: Where) -> Buffer:
@@ -201,3 +242,7 @@ def _connected(transport: Transport | None) -> Transport:
     if transport is None:
         raise ConnectionLost("not connected now: this is tried again once it is")
     return transport
+
+
+def _advanced(blob: Buffer, codec: str, body: Buffer) -> Buffer:
+    return tensors.encode(advanced(codec, tensors.decode(blob), body))

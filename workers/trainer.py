@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,20 +41,25 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Errand:
-    """What is to be done with which model, for whom. `residual`: what the updates before owe to this one."""
+    """What is to be done with which model, for whom, and how the update is encoded. `residual`: what the updates
+    before owe to this one."""
 
     told: TrainRound
     blob: tensors.Buffer
     participant: str
+    packing: codecs.Packing
     residual: Residual | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A finished update, and what it owes to the next if it is counted; None: that does not change."""
+    """A finished update, and what it owes to the next if it is counted; None: that does not change. How long
+    training and encoding took."""
 
     held: Held
     owes: Residual | None = None
+    trained_s: float = 0.0
+    encoded_s: float = 0.0
 
 
 def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finished:
@@ -65,13 +70,15 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
     began = time.monotonic()
     told, base = errand.told, tensors.decode(errand.blob)
     body: tensors.Buffer = b""
-    codec, owes = codecs.NONE, None
+    codec, owes, trained_s, encoded_s = codecs.NONE, None, 0.0, 0.0
     if told.work == "train":
-        result, packing = task.train(base, config), chosen(told.codecs)
+        result = task.train(base, config)
+        trained_s = time.monotonic() - began
         arrays, num_examples, metrics = dict(result.arrays), result.num_examples, result.metrics
         del result  # nobody needs all arrays beside the update that they become
-        packed = _packed(packing, arrays, base, errand, config)
-        body, codec, owes = packed.body, packing.name, _owing(packed, errand)
+        packed = _packed(arrays, base, errand, config)
+        encoded_s = time.monotonic() - began - trained_s
+        body, codec, owes = packed.body, errand.packing.name, _owing(packed, errand)
     else:
         measured = task.evaluate(base)
         num_examples, metrics = measured.num_examples, measured.metrics
@@ -90,7 +97,7 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
         seconds=time.monotonic() - began,
         codec=codec,
     )
-    return Finished(Held(update, body), owes)
+    return Finished(Held(update, body), owes, trained_s, encoded_s)
 
 
 def described(finished: Finished, model: Where | None, sizes: Sizes) -> Finished:
@@ -101,17 +108,10 @@ def described(finished: Finished, model: Where | None, sizes: Sizes) -> Finished
     return finished
 
 
-def chosen(allowed: Sequence[str]) -> codecs.Packing:
-    """The first that this worker knows of those that the run allows; an older one may know none."""
-    return codecs.packing(next((name for name in allowed if codecs.is_known(name)), codecs.NONE))
-
-
-def _packed(
-    packing: codecs.Packing, arrays: Arrays, base: Arrays, errand: Errand, config: TrainConfig
-) -> codecs.Packed:
+def _packed(arrays: Arrays, base: Arrays, errand: Errand, config: TrainConfig) -> codecs.Packed:
     """The update that trained arrays, or gradients, come to. What became part of it is taken out of `arrays`."""
     _check(arrays, base)
-    if packing.name == codecs.NONE and errand.residual is None:
+    if errand.packing.name == codecs.NONE and errand.residual is None:
         freed = Freed()
 
         def write(name: str, out: NDArray[Any]) -> None:
@@ -125,7 +125,7 @@ def _packed(
     due, missed = {}, 0
     if errand.residual is not None:
         due, missed = errand.residual.arrays(errand.told, changes), errand.residual.missed(errand.told)
-    return packing.pack(changes, due, np.random.default_rng([config.seed, CODEC_DRAWS]), missed)
+    return errand.packing.pack(changes, due, np.random.default_rng([config.seed, CODEC_DRAWS]), missed)
 
 
 def _owing(packed: codecs.Packed, errand: Errand) -> Residual | None:

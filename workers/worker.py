@@ -26,6 +26,7 @@ from broker.tensors import decode as decode_arrays
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
 from broker.wire import decode, decode_again
+from workers.choice import Measured, choose
 from workers.journal import Held, Journal
 from workers.lane import Lane
 from workers.link import Link, WorkerSettings
@@ -84,6 +85,7 @@ class Worker:
         self._held: Held | None = None
         self._keeping = asyncio.Lock()  # the held update is the journal's
         self._training: TrainRound | None = None
+        self._seen = Measured()
         self._done = ("", 0, 0)  # run, task and attempt that need not be begun again
         self._settled: tuple[int, Fate | None] = (0, None)
         self._since = self._settings.clock()  # it does what it does since then
@@ -242,11 +244,14 @@ class Worker:
         resumed = partial(self._notice, "upload_resumed", task=held.update.task, confirmed=held.confirmed)
         clock = asyncio.get_running_loop().time
         upload = Upload(held, self.site.journal, clock, lambda: self._held is held, resumed)
+        began, first = clock(), held.confirmed
         try:
             await self._link.deliver(held, upload.arrived)
         except WorkAbandoned:
             log.info("upload_abandoned", participant=self.participant, task=held.update.task)
             return
+        if first == 0:  # one that goes on says less
+            self._seen = self._seen.after_upload(len(held.blob), clock() - began)
         held.sent, self._since = True, self._settings.clock()
         if held.confirmed:
             await self.site.journal.note_upload(held)
@@ -269,9 +274,7 @@ class Worker:
             async with self._keeping:
                 await self.site.journal.save_held(finished.held, finished.owes)
                 self._held = finished.held
-            update = finished.held.update
-            size = {"codec": update.codec, "bytes": update.body.size_bytes} if update.body else {}
-            self._notice("work_done", task=told.task, seconds=round(update.seconds, 3), **size, **update.metrics)
+            self._note_work(told, finished)
         except WorkAbandoned:
             log.info("work_abandoned", participant=self.participant, task=told.task)
         except (TransportError, BadMessage, StateError):
@@ -287,12 +290,19 @@ class Worker:
             self._training, self._since = None, self._settings.clock()
         self._done = (told.run_id, told.task, told.attempt)
 
+    def _note_work(self, told: TrainRound, finished: Finished) -> None:
+        update, size = finished.held.update, {}
+        if update.body is not None and told.model is not None:
+            size = {"codec": update.codec, "bytes": update.body.size_bytes}
+            trained_s, encoded_s = finished.trained_s, finished.encoded_s
+            self._seen = self._seen.after_work(update.codec, told.model.size_bytes, trained_s, encoded_s)
+        self._notice("work_done", task=told.task, seconds=round(update.seconds, 3), **size, **update.metrics)
+
     async def _carry_out(self, order: Order) -> Finished:
-        if order.told.model is None:
-            raise BadMessage("the order names no model")
-        blob = await self._link.fetch(order.told.run_id, order.told.model, order.payload)
+        blob = await self._link.fetch(order.told, order.payload)
         residual = await self._residual(order.told, blob) if order.told.work == "train" else None
-        errand = Errand(order.told, blob, self.participant, residual)
+        packing = choose(order.told.codecs, len(blob), self._seen)
+        errand = Errand(order.told, blob, self.participant, packing, residual)
         config = train_config(order.told, self.participant, self._abandoned.is_set)
 
         def work() -> Finished:

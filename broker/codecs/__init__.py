@@ -31,14 +31,17 @@ from broker.errors import ConfigError
 from broker.tensors import Arrays, Buffer
 
 NONE = "none"
+LADDER = ("none", "bf16+zstd", "int8+zstd", "qsgd:7+zstd", "topk:0.01+zstd")  # for `auto`: the most faithful first
 SQUEEZED = "+zstd"
 SPARE_BYTES = 1 << 20  # manifests may be written differently, and small codes need their scales
 
 
 class Codec(Protocol):
-    """Both halves. `feedback`: it is biased, so what it loses must be added to the next update."""
+    """Both halves. `feedback`: it is biased, so what it loses must be added to the next update. `share`: of the
+    model's bytes, about so much is left."""
 
     feedback: bool
+    share: float
 
     def encode(self, layout: Layout, arrays: Arrays, rng: np.random.Generator) -> Arrays:
         """The participant's half. `arrays` are like `layout.like`, floats perhaps wider. Raises TaskError if a

@@ -17,6 +17,7 @@ LARGEST = float(np.array(0x7F7F0000, np.uint32).view(np.float32))
 
 class Bf16:
     feedback = False
+    share = 0.5
 
     def encode(self, layout: Layout, arrays: Arrays, rng: np.random.Generator) -> Arrays:  # noqa: ARG002
         upper = np.empty(layout.values, np.uint16)

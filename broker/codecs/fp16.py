@@ -13,6 +13,7 @@ from broker.tensors import Arrays
 
 class Fp16:
     feedback = False
+    share = 0.5
 
     def encode(self, layout: Layout, arrays: Arrays, rng: np.random.Generator) -> Arrays:  # noqa: ARG002
         halves = np.empty(layout.values, np.float16)

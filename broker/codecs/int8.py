@@ -18,6 +18,7 @@ LEVELS = 127
 
 class Int8:
     feedback = False
+    share = 0.26
 
     def encode(self, layout: Layout, arrays: Arrays, rng: np.random.Generator) -> Arrays:  # noqa: ARG002
         codes = np.empty(layout.values, np.int8)

@@ -164,23 +164,51 @@ def _halved(array: NDArray[Any]) -> NDArray[Any]:
 
 def pack_bits(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Codes below 2**bits (bits 1 to 8), end to end, the first in the highest bits."""
+    if bits == 8:
+        return codes
     packed = np.empty(packed_bytes(codes.size, bits), np.uint8)
     for begin in range(0, codes.size, BLOCK):
-        block = np.unpackbits(codes[begin : begin + BLOCK, None], axis=1)[:, 8 - bits :]
+        block = codes[begin : begin + BLOCK]
         start = begin * bits // 8
-        packed[start : start + packed_bytes(len(block), bits)] = np.packbits(block)
+        packed[start : start + packed_bytes(block.size, bits)] = _packed(block, bits)
     return packed
 
 
 def unpack_bits(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
     """The first `count` codes that `pack_bits` packed."""
+    if bits == 8:
+        return packed[:count]
     codes = np.empty(count, np.uint8)
     for begin in range(0, count, BLOCK):
         size = min(BLOCK, count - begin)
         start = begin * bits // 8
-        block = np.unpackbits(packed[start : start + packed_bytes(size, bits)], count=size * bits)
-        codes[begin : begin + size] = np.packbits(block.reshape(size, bits), axis=1)[:, 0] >> (8 - bits)
+        codes[begin : begin + size] = _unpacked(packed[start : start + packed_bytes(size, bits)], bits, size)
     return codes
+
+
+def _packed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    if bits == 1:
+        return np.packbits(codes)
+    if 8 % bits:
+        return np.packbits(np.unpackbits(codes[:, None], axis=1)[:, 8 - bits :])
+    rows = np.zeros((-(-codes.size * bits // 8), 8 // bits), np.uint8)
+    rows.reshape(-1)[: codes.size] = codes
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(rows << _shifts(bits), axis=1)
+    return packed
+
+
+def _unpacked(packed: NDArray[np.uint8], bits: int, size: int) -> NDArray[np.uint8]:
+    if bits == 1:
+        return np.unpackbits(packed, count=size)
+    if 8 % bits:
+        rows = np.unpackbits(packed, count=size * bits).reshape(size, bits)
+        return np.packbits(rows, axis=1)[:, 0] >> np.uint8(8 - bits)
+    codes: NDArray[np.uint8] = packed[:, None] >> _shifts(bits) & np.uint8((1 << bits) - 1)
+    return codes.reshape(-1)[:size]
+
+
+def _shifts(bits: int) -> NDArray[np.uint8]:
+    return np.array(range(8 - bits, -1, -bits), np.uint8)
 
 
 def packed_bytes(count: int, bits: int) -> int:

@@ -37,8 +37,22 @@ def _shuffled(blob: Buffer, *, back: bool) -> bytearray:
     shuffled = bytearray(blob)
     for spec in manifest_of(blob):
         width = DTYPES[spec.dtype].itemsize
-        shape = (width, -1) if back else (-1, width)
-        if width > 1 and spec.end > spec.begin:
-            there = np.frombuffer(blob, np.uint8)[spec.begin : spec.end].reshape(shape)
-            np.frombuffer(shuffled, np.uint8)[spec.begin : spec.end] = there.T.reshape(-1)
+        if width > 1:
+            _shuffle(
+                memoryview(blob)[spec.begin : spec.end], memoryview(shuffled)[spec.begin : spec.end], width, back
+            )
     return shuffled
+
+
+def _shuffle(one: memoryview, other: memoryview, width: int, back: bool) -> None:  # noqa: FBT001
+    """Byte k of each value of `width` bytes lies in plane k."""
+    values, planes = (other, one) if back else (one, other)
+    by_value, by_plane = (
+        np.frombuffer(values, np.uint8).reshape(-1, width),
+        np.frombuffer(planes, np.uint8).reshape(width, -1),
+    )
+    for k in range(width):
+        if back:
+            by_value[:, k] = by_plane[k]
+        else:
+            by_plane[k] = by_value[:, k]

@@ -10,6 +10,7 @@ from broker.tensors import Arrays, check_like
 
 class Plain:
     feedback = False
+    share = 1.0
 
     def encode(self, layout: Layout, arrays: Arrays, rng: np.random.Generator) -> Arrays:  # noqa: ARG002
         return {name: array.astype(layout.like[name].dtype, copy=False) for name, array in arrays.items()}

@@ -28,6 +28,7 @@ class PowerSgd:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
+        self.share = min(0.5, rank / 64)  # a guess: it depends on the shapes
 
     def _layout(self, layout: Layout) -> Layout:
         return Layout(layout.like, lambda array: is_coded(array) and array.ndim > 1 and self._is_shorter(array))

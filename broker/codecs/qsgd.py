@@ -23,6 +23,7 @@ class Qsgd:
     def __init__(self, levels: int) -> None:
         self.levels = levels
         self.bits = (2 * levels).bit_length()
+        self.share = self.bits / 32
 
     def encode(self, layout: Layout, arrays: Arrays, rng: np.random.Generator) -> Arrays:
         codes = np.empty(layout.values, np.uint8)

@@ -17,6 +17,7 @@ BUCKET = 4096
 
 class Sign:
     feedback = True
+    share = 1 / 32
 
     def encode(self, layout: Layout, arrays: Arrays, rng: np.random.Generator) -> Arrays:  # noqa: ARG002
         negative = np.empty(layout.values, np.uint8)

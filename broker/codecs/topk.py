@@ -29,6 +29,7 @@ class TopK:
 
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
+        self.share = 0.8 * ratio
 
     def count(self, values: int) -> int:
         """k: at least one, if there is any."""

@@ -351,7 +351,7 @@ class Deployment:
             data=DataSection(partition=str(run.data.get("partition", "iid"))),
             train=TrainSection.model_validate(run.train),
             broker=BrokerSection(federation=self.topology.federation, **run.broker.model_dump()),
-            **{name: getattr(run, name) for name in ("round", "stop", "evaluation", "strategy")},
+            **{name: getattr(run, name) for name in ("round", "stop", "evaluation", "strategy", "codec")},
         )
         return to_toml(config)
 

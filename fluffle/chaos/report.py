@@ -36,6 +36,7 @@ def build_report(scenario: Scenario, outcome: Outcome) -> dict[str, Any]:
         "rounds": outcome.closings[-1].round,
         "quorum": scenario.shape.quorum,
         "large": scenario.shape.large,
+        "coded": scenario.coded,
         "own_broker": scenario.broker is None,
         "faults": {"struck": len(outcome.strikes), **_by_kind(outcome.strikes)},
         "struck": [_line(s, recovery_s(s, outcome.closings), outcome.strikes[0].struck) for s in outcome.strikes],

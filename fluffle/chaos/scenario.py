@@ -13,7 +13,14 @@ from pathlib import Path
 
 from yarl import URL
 
-from aggregator.settings import BrokerSettings, EvaluationSettings, RoundSettings, RunSettings, StopSettings
+from aggregator.settings import (
+    BrokerSettings,
+    CodecSettings,
+    EvaluationSettings,
+    RoundSettings,
+    RunSettings,
+    StopSettings,
+)
 from broker.definitions import SALT_BYTES, Enrolment, definitions, password_hash
 from broker.errors import StateError
 from broker.topology import Topology
@@ -33,6 +40,7 @@ AT_ONCE = 64  # strikes, most of which wait for something
 TRAINS_S, QUORUM_TRAINS_S = 0.1, 1.0
 AMQP_PORT = 5672
 LONG_S = 3600.0
+CODED = CodecSettings(up="topk:0.05+zstd", down="int8+zstd")
 IN_CHUNKS = {"inline_bytes": 1024, "chunk_bytes": 16 << 10}
 
 
@@ -54,6 +62,7 @@ class Scenario:
     federation: str = "chaos"
     broker: Address | None = None
     stalled_s: float = STALLED_S
+    coded: bool = False  # updates are encoded and owe something, models go as rounded differences
     training_s: float | None = None  # None: long enough for a round to be something that can be struck
 
     @property
@@ -72,6 +81,7 @@ class Scenario:
             stop=StopSettings(rounds=self.shape.rounds),
             evaluation=EvaluationSettings(mode="none"),
             round=self._round(),
+            codec=CODED if self.coded else CodecSettings(),
             broker=BrokerSettings(heartbeat_s=2.0, patience_s=20.0, liveness_s=self._liveness_s, **sizes),
         )
 

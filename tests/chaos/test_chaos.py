@@ -82,6 +82,12 @@ def test_models_that_go_in_chunks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_codecs_owe(tmp_path: Path) -> None:
+    needs_rabbitmq()
+    ends_undisturbed(chaos(tmp_path, "--large", "--coded", "--faults", "30"), 30)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_with_a_quorum_every_update_meets_one_fate(tmp_path: Path, seed: int) -> None:
     needs_rabbitmq()

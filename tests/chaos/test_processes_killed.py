@@ -23,7 +23,8 @@ from tests.rabbit_node import Rabbit
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(300)]
 
 PARTICIPANTS, ROUNDS = 3, 6
-RUN = settings(PARTICIPANTS, ROUNDS, round={"deadline_s": 250.0}, broker={"patience_s": 20.0})
+CODEC = {"up": "topk:0.05+zstd"}  # what it owes must survive, too
+RUN = settings(PARTICIPANTS, ROUNDS, round={"deadline_s": 250.0}, codec=CODEC, broker={"patience_s": 20.0})
 MIDDLE = 3  # the round in which something happens
 TAKE_OVER_S = 20.0  # generous: on an idle machine it is well under a second
 

@@ -32,7 +32,10 @@ from workers.trainer import Sizes
 TOPOLOGY = Topology("default")
 SIZES = {"inline_bytes": 0, "chunk_bytes": 1024}
 INLINE, STREAMS = settings(3, 2), settings(3, 2, broker=SIZES)
-CODED = settings(3, 2, codec={"up": "topk:0.05+zstd"}, broker={"inline_bytes": 0, "chunk_bytes": 8192})
+CODED = settings(
+    3, 4, codec={"up": "topk:0.05+zstd", "down": "int8+zstd"}, broker={"inline_bytes": 0, "chunk_bytes": 8192}
+)
+FEWER = Rates(disconnect=0.003, delay=0.03, fail_publish=0.01, duplicate=0.03, hold_back=0.03)
 MOST = 40  # faults for each side: then the run must end
 RATES = Rates(disconnect=0.008, delay=0.03, fail_publish=0.02, duplicate=0.03, hold_back=0.03)
 
@@ -99,7 +102,7 @@ def undisturbed_coded(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 async def test_no_schedule_of_faults_changes_what_codecs_owe(
     undisturbed_coded: Outcome, seed: int, tmp_path: Path
 ) -> None:
-    aggregators, workers = (SeededFaults(1000 * seed + who, RATES, longest_s=0.05, most=MOST) for who in range(2))
+    aggregators, workers = (SeededFaults(1000 * seed + who, FEWER, longest_s=0.05, most=MOST) for who in range(2))
     check(await run_through(tmp_path, CODED, aggregators, workers), undisturbed_coded)
 
 

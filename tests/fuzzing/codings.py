@@ -1,4 +1,4 @@
-"""Targets: encoded updates, and what a worker's codec owes."""
+"""Targets: encoded updates, what a worker's codec owes, and differences of models."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from broker import tensors
 from broker.codecs import packing
+from broker.codecs.difference import EXACT, advanced, difference
 from broker.codecs.lossless import squeeze
 from broker.errors import BadMessage
 from tests.fuzzing import mutate
@@ -72,3 +73,27 @@ def residuals() -> Target:
     whole = Residual("run-1", 3, tensors.encode(DELTA)).to_bytes()
     none = Residual("run-1", 0, tensors.encode({})).to_bytes()
     return Target(check_residual, (whole, none), mutate.raw(mutate.TOKENS), (BadMessage,))
+
+
+STEPS = (EXACT, "fp16", "bf16", "int8", "int8+zstd", "topk:0.1")  # the last owes something: it is refused
+
+
+def check_difference(data: bytes) -> None:
+    """The first byte names the codec, the rest is a body: it is refused, or leads to arrays like the model's."""
+    number, body = (data[0], data[1:]) if data else (0, b"")
+    if number >= SQUEEZES:
+        body = bytes(squeeze(body))
+    try:
+        arrays = advanced(STEPS[number % len(STEPS)], MODEL, body)
+    except BadMessage as bad:
+        check_reason(bad)
+        raise
+    tensors.check_like(arrays, MODEL)
+
+
+def differences() -> Target:
+    wanted = {name: np.add(values, DELTA[name], dtype=values.dtype) for name, values in MODEL.items()}
+    seeds = [bytes([number]) + bytes(difference(name, MODEL, wanted)[1]) for number, name in enumerate(STEPS[:-1])]
+    number = next(number for number in range(SQUEEZES, 256) if number % len(STEPS) == STEPS.index(EXACT))
+    seeds.append(bytes([number]) + tensors.encode(DELTA))  # what is changed is squeezed afterwards
+    return Target(check_difference, tuple(seeds), _after_the_name, (BadMessage,))

@@ -28,6 +28,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "sums": lambda _: decoders.sums(),
     "codecs": lambda _: codings.codecs(),
     "residuals": lambda _: codings.residuals(),
+    "differences": lambda _: codings.differences(),
     "journal": files.journal,
     "checkpoints": files.checkpoints,
     "history": files.history,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from aggregator.daemon import Aggregator
+from aggregator.settings import RunSettings
 from broker import tensors
 from broker.codecs import packing
 from broker.errors import BadMessage
@@ -21,10 +22,12 @@ from broker.head import HeadRecord
 from broker.memory import MemoryBroker
 from broker.messages import UpdateReady
 from broker.topology import AGGREGATOR, Topology
+from broker.transport import Broker
 from broker.wire import decode
 from fluffle.chaos.task import Pull
 from tests.federation import Federation, names, settings
 from workers import journal
+from workers.choice import Measured
 from workers.journal import FileJournal, MemoryJournal
 from workers.link import WorkerSettings
 from workers.task import TrainConfig, TrainResult
@@ -101,11 +104,29 @@ async def test_two_runs_give_the_same_bits(tmp_path: Path, codec: str) -> None:
 async def test_who_knows_none_of_the_codecs_sends_arrays_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.trainer.codecs.is_known", lambda name: name == "none")
+    monkeypatch.setattr("workers.choice.is_known", lambda name: name == "none")
     crowd = federation(tmp_path)
     await crowd.run(settings(3, 1, codec={"up": "int8"}))
     assert {update.codec for update in await updates(crowd.broker)} == {"none"}
     assert [d.verdict for d in await crowd.ledger()] == ["counted"] * 3
+
+
+async def test_a_worker_chooses_by_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """p03 believes that its link is slow; the others send small arrays as they are."""
+    monkeypatch.setattr("workers.choice.UNKNOWN_ENCODER", 1e12)
+    crowd = federation(tmp_path)
+    third = Watched(crowd, "p03")
+    crowd.participants = names(2)
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group, crowd.workers():
+        worker = third.worker()
+        worker._seen = Measured(link=1000.0)
+        running = group.create_task(worker.run())
+        await crowd.aggregator(settings(3, 3, codec={"up": "auto"})).run()
+        worker.stop()
+        await running
+    used = {name: {u.codec for u in await updates(crowd.broker) if u.participant == name} for name in names(3)}
+    assert used == {"p01": {"none"}, "p02": {"none"}, "p03": {"topk:0.01+zstd"}}
+    assert [d.verdict for d in await crowd.ledger()] == ["counted"] * 9
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------
@@ -277,11 +298,25 @@ async def test_what_a_refused_update_owed_is_not_owed(tmp_path: Path) -> None:
     """It is asked again in the next attempt, and pays what was owed before. With its residual in force the next
     update would be beyond the bounds, too."""
     crowd = federation(tmp_path)
-    crowd.tasks["p03"] = RefusedOnce("p03", SIZE)
-    await crowd.run(settings(3, 4, codec={"up": "sign"}, round={"quorum": 3, "deadline_s": 1.0}))
+    kept, owed = MemoryJournal(), []
+
+    def hear(event: str, **fields: object) -> None:
+        if event == "work_begun":
+            owed.append(kept._owed and kept._owed.round)
+
+    crowd.participants = names(2)
+    run = settings(3, 4, codec={"up": "sign"}, round={"quorum": 3, "deadline_s": 1.0})
+    waits = WorkerSettings(0.2, patience_s=5.0, retry_s=0.1, on_notice=hear)
+    bad = Worker(Site("p03", always(RefusedOnce("p03", SIZE)), kept), crowd.broker, TOPOLOGY, waits)
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group, crowd.workers():
+        running = group.create_task(bad.run())
+        await crowd.aggregator(run).run()
+        bad.stop()
+        await running
     verdicts = [(d.participant, d.verdict) for d in await crowd.ledger()]
     assert verdicts.count(("p03", "refused")) == 1
     assert verdicts.count(("p03", "counted")) == 4
+    assert owed == [None, 1, 1, 2, 3]
 
 
 class LateOnce(Pull):
@@ -331,3 +366,92 @@ async def test_a_residual_of_the_run_before_is_dropped_and_said_so(tmp_path: Pat
             mortal.now.stop()
             await running
     assert mortal.said.count("residual_dropped") == 1
+
+
+# -- models on the way down --------------------------------------------------------------------------------------
+
+LARGE = {"inline_bytes": 0, "chunk_bytes": 4096}
+
+
+@dataclass
+class Watched:
+    """A worker that is heard."""
+
+    crowd: Federation
+    name: str
+    heard: list[tuple[str, dict[str, object]]] = field(default_factory=list)
+
+    def worker(self, broker: Broker | None = None) -> Worker:
+        def hear(event: str, **fields: object) -> None:
+            self.heard.append((event, fields))
+
+        waits = WorkerSettings(0.2, patience_s=5.0, retry_s=0.1, on_notice=hear)
+        site = Site(self.name, always(Pull(self.name, self.crowd.size)), MemoryJournal())
+        return Worker(site, broker or self.crowd.broker, TOPOLOGY, waits)
+
+    def said(self, event: str) -> list[dict[str, object]]:
+        return [fields for said, fields in self.heard if said == event]
+
+
+async def watched(crowd: Federation, run: RunSettings) -> tuple[HeadRecord, Watched]:
+    """A run in which p03 is heard."""
+    third = Watched(crowd, "p03")
+    crowd.participants = names(2)
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group, crowd.workers():
+        worker = third.worker()
+        running = group.create_task(worker.run())
+        head = await crowd.aggregator(run).run()
+        worker.stop()
+        await running
+    return head, third
+
+
+async def test_a_difference_without_loss_changes_no_bit(tmp_path: Path) -> None:
+    plain = settings(3, 5, broker=LARGE)
+    head, _ = await watched(federation(tmp_path / "plain"), plain)
+    crowd = federation(tmp_path / "xor")
+    same, third = await watched(crowd, settings(3, 5, broker=LARGE, codec={"down": "xor+zstd"}))
+    assert digest(same) == digest(head)
+    assert len(third.said("difference_applied")) == 3  # the first two versions were fetched whole
+    assert third.said("difference_not_used") == []
+
+
+@pytest.mark.parametrize("codec", ["int8+zstd", "fp16"])
+async def test_a_rounded_step_is_the_model_for_everybody(tmp_path: Path, codec: str) -> None:
+    """Who fetched all of it has the same bits as who came to it step by step, or its update would be refused."""
+    run = settings(3, 6, broker=LARGE, codec={"up": "int8+zstd", "down": codec})
+    crowd = federation(tmp_path / "1")
+    head, third = await watched(crowd, run)
+    again, _ = await watched(federation(tmp_path / "2"), run)
+    assert digest(head) == digest(again)
+    assert [d.verdict for d in await crowd.ledger()] == ["counted"] * 18
+    [*_, applied] = third.said("difference_applied")
+    assert applied["bytes"] < 0.6 * applied["of"]
+    assert crowd.reports[-2].bytes_down < 0.7 * crowd.reports[1].bytes_down
+    points = np.mean([Pull(name, SIZE).point for name in names(3)], axis=0)
+    assert np.sqrt(np.square(await model_of(tmp_path / "1", head) - points).mean()) < 0.1
+
+
+async def test_a_difference_that_leads_elsewhere_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(codec: str, base: tensors.Arrays, body: tensors.Buffer) -> tensors.Arrays:
+        return {name: array + array.dtype.type(1) for name, array in base.items()}
+
+    monkeypatch.setattr("workers.link.advanced", wrong)
+    crowd = federation(tmp_path)
+    run = settings(3, 4, broker=LARGE, codec={"down": "xor+zstd"})
+    head, third = await watched(crowd, run)
+    assert head.version == 4
+    assert third.said("difference_applied") == []
+    assert len(third.said("difference_not_used")) == 2
+    assert [d.verdict for d in await crowd.ledger()] == ["counted"] * 12
+
+
+async def test_small_models_travel_with_the_order_as_ever(tmp_path: Path) -> None:
+    crowd = federation(tmp_path)
+    head, third = await watched(crowd, settings(3, 3, codec={"down": "int8"}))
+    assert head.difference is None
+    assert third.said("difference_applied") == []
+    plain, _ = await watched(federation(tmp_path / "plain"), settings(3, 3))
+    assert digest(head) == digest(plain)

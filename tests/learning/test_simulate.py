@@ -114,3 +114,14 @@ def test_a_metric_that_nobody_measures_is_refused_before_anything_is_written(tmp
     with pytest.raises(ConfigError, match="'acc', which task 'digits' does not measure"):
         run("digits", tmp_path / "run", stop__target_metric="acc:0.5")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("codec", "lost", "fewer"), [("int8+zstd", 0.01, 4), ("topk:0.01+zstd", 0.025, 35)])
+def test_codecs_lose_little_and_save_much(tmp_path: Path, codec: str, lost: float, fewer: float) -> None:
+    """With 359 examples to measure on, one is 0.003; `benchmarks/codecs.py` looks closer."""
+    plain = run("digits", tmp_path / "plain", round__participants=5, stop__rounds=30).summary
+    coded = run("digits", tmp_path / "coded", round__participants=5, stop__rounds=30, codec__up=codec).summary
+    assert coded["metrics"]["accuracy"] >= plain["metrics"]["accuracy"] - lost
+    assert coded["updates"] == plain["updates"]
+    assert coded["bytes"]["up"] * fewer < plain["bytes"]["up"]

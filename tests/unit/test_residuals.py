@@ -13,6 +13,7 @@ from broker.codecs import packing
 from broker.errors import BadMessage
 from broker.messages import TrainRound, Where
 from broker.tensors import Arrays
+from workers.choice import Measured, choose
 from workers.residual import Residual
 from workers.task import Evaluation, TrainConfig, TrainResult
 from workers.trainer import Errand, Finished, Sizes, carry_out, described, train_config
@@ -57,7 +58,8 @@ def told(
 
 
 def worked(order: TrainRound, residual: Residual | None = None, participant: str = "p01") -> Finished:
-    errand = Errand(order, tensors.encode(MODEL), participant, residual)
+    packing = choose(order.codecs, 1, Measured())
+    errand = Errand(order, tensors.encode(MODEL), participant, packing, residual)
     finished = carry_out(Adds(), errand, train_config(order, participant, lambda: False))
     return described(finished, order.model, Sizes())
 
