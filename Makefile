@@ -1,11 +1,11 @@
-# The verbs: demo test lint docs. `make install` is done by the others when it is needed.
+# The verbs: demo test bench lint docs. `make install` is done by the others when it is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install rabbitmq demo test test-all lint format docs clean
+.PHONY: help install rabbitmq demo test test-all bench lint format docs clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ test: install rabbitmq  ## all quick tests
 
 test-all: install rabbitmq  ## the slow ones too
 	$(BIN)/pytest -n 2 --dist loadgroup
+
+bench: install rabbitmq  ## what it costs: W1 to W6, beside their references (nothing else should run meanwhile)
+	$(BIN)/python -m benchmarks
 
 lint: install  ## formatting, lint, strict types, import walls
 	$(BIN)/ruff format --check .

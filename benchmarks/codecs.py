@@ -1,12 +1,13 @@
 """W5: what codecs save, and what they cost in accuracy.
 
-    python -m benchmarks.codecs
+    python -m benchmarks.codecs --picture docs/codecs.png
+    python -m benchmarks.codecs --task digits --out benchmarks/results/codecs_digits.json
 
 Real training in whole runs on the embedded broker, for every codec: MNIST (`mnist-2nn`, `mnist-logreg`) and digits,
 with ten participants whose data is alike (`iid`) or skewed (`dirichlet:0.5`). Accuracy is the mean of the last five
 rounds and of up to two seeds, on examples that nobody trains on. Bytes are those of each update's whole message,
 of which the envelope is what is not its body. And how long a
-model of 100 MB takes. Writes `benchmarks/results/codecs.json` and `docs/codecs.png`.
+model of 100 MB takes. The first command takes most of an hour, the second is a part of `make bench`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from broker.memory import MemoryBroker
 from broker.messages import MAX_ITEMS, Chunk, UpdateReady
 from broker.topology import AGGREGATOR, Topology
 from broker.wire import decode, encode
-from fluffle.chaos.processes import ROOT
 from fluffle.config import from_values, load_config
 from fluffle.display import LogDisplay
 from fluffle.learning import task_defaults
@@ -258,8 +258,9 @@ def planned(tasks: Sequence[str], codecs: Sequence[str]) -> Iterator[tuple[str, 
 @click.command()
 @click.option("--task", "tasks", multiple=True, default=tuple(SEEDS_OF), help="Only these.")
 @click.option("--codec", "codecs", multiple=True, default=CODECS, help="Only these, and none.")
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Where to draw it.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS / "codecs.json")
-def main(tasks: tuple[str, ...], codecs: tuple[str, ...], out: Path) -> None:
+def main(tasks: tuple[str, ...], codecs: tuple[str, ...], picture: Path | None, out: Path) -> None:
     """Measures, prints a table, and writes everything as JSON. What was measured already is kept beside it."""
     configure_logs("warning")
     done = out.with_suffix(".runs.jsonl")
@@ -272,7 +273,8 @@ def main(tasks: tuple[str, ...], codecs: tuple[str, ...], out: Path) -> None:
                 file.write(json.dumps(asdict(runs[-1])) + "\n")
             click.echo(f"{which}: accuracy {runs[-1].accuracy:.4f}, {runs[-1].update_bytes:.0f} bytes", err=True)
     found = list(points(runs))
-    draw(found, ROOT / "docs" / "codecs.png")
+    if picture is not None:
+        draw(found, picture)
     click.echo(page(found))
     told = [*lines(found), *lines_down(runs), *speeds()]
     click.echo(table(told))

@@ -23,7 +23,9 @@ import click
 import numpy as np
 
 from aggregator.settings import RunSettings
-from benchmarks.large_model import BYTES_PER_MB, LONGEST_S, RESULTS, TASK, about, private_rabbit
+from benchmarks.fleet import LONGEST_S
+from benchmarks.measure import BYTES_PER_MB, RESULTS, about, private_rabbit
+from benchmarks.tasks import DRIFT
 from broker import tensors
 from broker.tensors import Arrays
 from fluffle.chaos.processes import Deployment, Process
@@ -43,7 +45,7 @@ class Plan:
     @property
     def run(self) -> RunSettings:
         run = settings(1, 1, run_id="cut", round={"deadline_s": LONGEST_S}, broker={"patience_s": 60.0})
-        return run.model_copy(update={"learning_task": TASK})
+        return run.model_copy(update={"learning_task": DRIFT})
 
     def initial(self) -> Arrays:
         return {"w": np.linspace(-1, 1, self.mb * BYTES_PER_MB // 4, dtype=np.float32)}
@@ -58,7 +60,7 @@ def measure(plan: Plan, federation: Deployment) -> dict[str, Any]:
         address = federation.url.with_host("127.0.0.1").with_port(proxy.port)
         kills = marked(proxy, plan, payload_bytes)
         leader = federation.aggregator(plan.run, "--set", f"run.initial={model}")
-        worker = federation.worker("p01", "--broker", str(address).rstrip("/"), task=TASK)
+        worker = federation.worker("p01", "--broker", str(address).rstrip("/"), task=DRIFT)
         resumed = [chunk for _ in range(plan.kills) for chunk in killed(worker, kills)]
         result = leader.result(LONGEST_S)
         worker.stop()

@@ -18,7 +18,14 @@ from typing import Any
 from yarl import URL
 
 from aggregator.checkpoints import Checkpoints
-from aggregator.settings import BrokerSettings, EvaluationSettings, RoundSettings, RunSettings, StopSettings
+from aggregator.settings import (
+    BrokerSettings,
+    CodecSettings,
+    EvaluationSettings,
+    RoundSettings,
+    RunSettings,
+    StopSettings,
+)
 from benchmarks.measure import Groups, Mark, between, forget_peaks, mark, node_pids, peak_mb, private_node
 from benchmarks.tasks import DRIFT, random_model
 from broker import tensors
@@ -32,6 +39,7 @@ from workers.partition import participant_names
 LONGEST_S = 600.0  # for a whole run
 BARE = (sys.executable, "-m", "benchmarks.bare")
 ROUND = "round_closed"
+PLAIN = CodecSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,7 @@ class Load:
     processes: int = 1
     task: str = DRIFT
     heartbeat_s: float = 30.0
+    codec: CodecSettings = PLAIN
 
     @property
     def names(self) -> list[str]:
@@ -70,6 +79,7 @@ class Load:
             round=RoundSettings(participants=self.participants, deadline_s=LONGEST_S, max_examples=1024),
             stop=StopSettings(rounds=self.warm_up + self.rounds),
             evaluation=EvaluationSettings(mode="none"),
+            codec=self.codec,
             broker=BrokerSettings(patience_s=60.0, heartbeat_s=self.heartbeat_s, liveness_s=10 * self.heartbeat_s),
         )
 

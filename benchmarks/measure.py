@@ -20,8 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from yarl import URL
+
 from broker.definitions import Document
 from fluffle.chaos.node import PROGRAMS, Node
+from tests.rabbit_node import Rabbit, node_definitions
 
 BYTES_PER_MB = 1_000_000
 RESULTS = Path(__file__).parent / "results"
@@ -129,6 +132,13 @@ def private_node(definitions: Document) -> Iterator[Node]:
         node.end()
 
 
+@contextmanager
+def private_rabbit() -> Iterator[Rabbit]:
+    """One with the users and federations of the tests."""
+    with private_node(node_definitions()) as node:
+        yield Rabbit(URL.build(scheme="amqp", host="127.0.0.1", port=node.port, path="/"), node)
+
+
 # -- results --------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +174,7 @@ def line(benchmark: str, what: str, unit: str, value: float, reference: float | 
         else compared >= limit
     )
     words = f"{'at most' if name.startswith('most') else 'at least'} {limit:g}" if name else ""
-    words += " times the reference" if name.endswith("_ratio") else f" {unit}" if name else ""
+    words += " times the reference" if name.endswith("_ratio") else f" {unit}" if name and unit else ""
     shown = (rounded(value), None if reference is None else rounded(reference), ratio and rounded(ratio))
     return Line(benchmark, what, unit, *shown, words, met)
 

@@ -28,7 +28,7 @@ import click
 
 from benchmarks import probe
 from benchmarks.flat import BROKER, Life, Limits, Sample, faults_found, largest, last, lives, slope, summary
-from benchmarks.large_model import RESULTS, about
+from benchmarks.measure import RESULTS, about
 from benchmarks.probe import Usage
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Stream

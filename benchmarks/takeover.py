@@ -23,7 +23,7 @@ from typing import Any
 import click
 
 from aggregator.settings import RunSettings
-from benchmarks.large_model import RESULTS, about, private_rabbit
+from benchmarks.measure import RESULTS, about, private_rabbit
 from broker.rabbitmq import RabbitSettings
 from fluffle.chaos.processes import Deployment, Process
 from fluffle.chaos.task import Pace

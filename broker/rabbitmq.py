@@ -154,7 +154,7 @@ class _Wire(TransportFactory):
 
     def __init__(self, watch: BlockWatch) -> None:
         self.frames = Frames()
-        self.writer: asyncio.StreamWriter
+        self._writer: asyncio.StreamWriter
         self._watch = watch
 
     async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -168,8 +168,20 @@ class _Wire(TransportFactory):
             )
         except OSError as error:
             raise AMQPConnectionError(*error.args) from error
-        self.writer = asyncio.StreamWriter(wire, protocol, reader, loop)
-        return reader, self.writer
+        self._writer = asyncio.StreamWriter(wire, protocol, reader, loop)
+        return reader, self._writer
+
+    def write(self, frames: bytes) -> None:
+        """Writes at once, behind all that was written before. Raises ConnectionLost.
+
+        aiormq may have closed its side already, a moment before we are told that the connection is lost.
+        """
+        try:
+            if not self._writer.is_closing():
+                return self._writer.write(frames)
+        except RuntimeError:  # it said that nothing follows
+            pass
+        raise ConnectionLost("the connection was lost: connect again")
 
 
 class _Filter(asyncio.StreamReader):
@@ -327,7 +339,7 @@ class RabbitTransport:
             raise ConnectionLost(self._lost.result())
         if line.closed:  # what is written to a channel that RabbitMQ closed would cost the connection
             raise ConnectionLost(f"{self._name}: its channel was closed")
-        self._connection.wire.writer.write(frame)
+        self._connection.wire.write(frame)
 
     def leave(self, inbox: _Inbox) -> None:
         self._inboxes.discard(inbox)
@@ -489,7 +501,7 @@ class _Publisher(_Listener):
 
     def __init__(self, channel: UnderlayChannel, wire: _Wire, frame_max: int | None) -> None:
         super().__init__(channel, wire.frames)
-        self._writer, self._frame_max = wire.writer, frame_max or 0
+        self._wire, self._frame_max = wire, frame_max or 0
         self._sent = 0
         self._pending: dict[int, tuple[str, asyncio.Future[None]]] = {}  # by tag: its id, and who waits
         self._returned: set[str] = set()
@@ -504,9 +516,9 @@ class _Publisher(_Listener):
         confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         confirmed.add_done_callback(_read_outcome)
         frames = publish_frames(self.number, letter, self._frame_max)
+        self._wire.write(frames)
         self._sent += 1
         self._pending[self._sent] = letter.id, confirmed
-        self._writer.write(frames)
         return confirmed
 
     def fail(self, error: Exception) -> None:

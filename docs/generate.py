@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -22,6 +23,7 @@ from pydantic.fields import FieldInfo
 from aggregator import ledger
 from aggregator.announcer import FANOUT
 from aggregator.daemon import QUOTED_BYTES
+from benchmarks.measure import Line, table
 from broker import head, messages, payloads, tensors, topology, wire
 from broker.transport import Binding, Declaration, Exchange, Queue, Stream
 from fluffle.cli import cli
@@ -338,6 +340,33 @@ def _options(command: click.Command, context: click.Context) -> Iterator[tuple[s
             yield _code(record[0]), " ".join(record[1].split()).replace("|", "\\|")
 
 
+# -- what was measured -------------------------------------------------------------------------------------------
+
+RESULTS = DOCS.parent / "benchmarks" / "results"
+
+
+def _lines(names: str) -> list[Line]:
+    found = [json.loads((RESULTS / f"{name}.json").read_text("utf-8")) for name in names.split()]
+    return [Line(**line) for result in found for line in result["lines"]]
+
+
+def _measured(name: str, _: Meanings) -> str:
+    """All lines of one benchmark, and when and with what they were measured."""
+    told = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+    versions = ", ".join(f"{package} {number}" for package, number in told["versions"].items())
+    when = f"`{told['command']}`, {told['date'][:10]}, {told['cores']} cores ({told['processor']}), {versions}."
+    return f"{table(_lines(name))}\n\n{wrapped(when)}\n"
+
+
+def _aims(names: str, _: Meanings) -> str:
+    """The lines of several benchmarks that have an aim."""
+    return table([line for line in _lines(names) if line.aim]) + "\n"
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 116, break_long_words=False, break_on_hyphens=False)
+
+
 KINDS: dict[str, Callable[[str, Meanings], str]] = {
     "types": _types,
     "message": _message,
@@ -347,6 +376,8 @@ KINDS: dict[str, Callable[[str, Meanings], str]] = {
     "settings": _settings,
     "task-defaults": _task_defaults,
     "commands": _commands,
+    "measured": _measured,
+    "aims": _aims,
 }
 
 if __name__ == "__main__":

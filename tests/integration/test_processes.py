@@ -16,8 +16,7 @@ from urllib.request import urlopen
 import pytest
 
 from aggregator.settings import RunSettings
-from benchmarks import cut_upload
-from benchmarks.large_model import Plan, measure
+from benchmarks import cut_upload, large_model
 from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
 from broker.payloads import WINDOW
@@ -237,11 +236,11 @@ def test_a_deadline_with_quorum_does_what_it_does_on_the_embedded_broker(
 
 
 @pytest.mark.slow
-def test_a_large_model_goes_round_with_the_bits_of_its_sums(federation: Deployment) -> None:
-    """The benchmark, with a model of a tenth of its size. `measure` compares the digest."""
-    report = measure(Plan(mb=10, rounds=2), federation, None)
-    assert len(report["seconds_per_round"]) == 2
-    assert all(peak > 0 for who, peak in report["peak_rss_mb"].items() if who != "rabbitmq")
+def test_a_large_model_goes_round_with_the_bits_of_its_sums() -> None:
+    """The benchmark, with a model of a twentieth of its size. `measure` compares the digest."""
+    lines = large_model.measure(mb=50, rounds=2)["lines"]
+    assert isinstance(lines, list)
+    assert [line["what"] for line in lines if line["met"] is False] == []
 
 
 # -- an upload that is cut --------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.large_model import TASK as A_CLASS
-from benchmarks.large_model import Drift
+from benchmarks.tasks import DRIFT as A_CLASS
+from benchmarks.tasks import Drift
 from broker.messages import TrainRound
 from fluffle.chaos.task import TASK as A_FUNCTION
 from fluffle.chaos.task import Pace, Paced
