@@ -19,7 +19,7 @@ from broker.messages import Barrier, FromParticipant, Message, UpdateReady, Wher
 from broker.offload import off_loop
 from broker.payloads import MIN_CHUNK_BYTES, MIN_PART_BYTES, PREFETCH, Assembly, collect, is_possible, verify
 from broker.retry import publish
-from broker.tensors import Arrays, Buffer
+from broker.tensors import Arrays, Buffer, Named
 from broker.transport import Delivery
 from broker.wire import encode
 
@@ -70,7 +70,7 @@ class Intake:
             self._read_to.pop(participant, None)
             self._forgotten.add(participant)
 
-    async def arrays(self, update: UpdateReady, payload: memoryview, like: Arrays, most_bytes: int) -> Arrays:
+    async def arrays(self, update: UpdateReady, payload: memoryview, like: Arrays, most_bytes: int) -> Named:
         """The update's arrays: whole, genuine, decoded, and shaped like the model. Raises BadMessage."""
         if update.body is None:
             raise BadMessage("the update has no body")

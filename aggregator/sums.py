@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.errors import BadMessage, StateError
-from broker.tensors import Arrays, give_back
+from broker.tensors import Arrays, Named, give_back
 
 BLOCK = 1 << 16  # values: float64 and int64 temporaries of a block stay in the processor's cache
 GIVEN_BACK_EVERY = 64  # blocks, if they lie in a mapped file
@@ -73,7 +73,7 @@ class FixedPointSum:
         for accumulator in self._sums.values():
             accumulator.fill(0)
 
-    def add(self, arrays: Arrays, weight: int) -> None:
+    def add(self, arrays: Named, weight: int) -> None:
         """Adds weight * arrays, all or nothing. Raises BadMessage if a value is out of bounds or not finite."""
         if not 0 < weight <= self.weight_max or self.weight + weight > self.weight_cap:
             raise BadMessage(f"weight {weight} does not fit: {self.weight} of at most {self.weight_cap} is summed")

@@ -147,7 +147,7 @@ async def _sizes(broker: MemoryBroker, federation: str) -> list[Size]:
 
 
 def chunk_header_bytes(sha256: str = "a" * 64) -> int:
-    return len(encode(Chunk(of=sha256, index=MAX_ITEMS - 1, crc32=(1 << 32) - 1)))
+    return len(encode(Chunk(of=sha256, index=MAX_ITEMS - 1)))
 
 
 # -- how fast they are -----------------------------------------------------------------------------------------

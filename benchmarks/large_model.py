@@ -20,13 +20,14 @@ from benchmarks.fleet import Load, Measured, rabbit, run_fluffle
 from benchmarks.measure import BYTES_PER_MB, RESULTS, Line, line, report, table, write
 from benchmarks.memory import FIXED_MB
 from benchmarks.payload import run_checked
+from benchmarks.tasks import SHIFT
 
 PARTICIPANTS = 3
 
 
 def load_of(mb: int, rounds: int) -> Load:
     floats = mb * BYTES_PER_MB // 4
-    return Load(PARTICIPANTS, floats, tensors=10, rounds=rounds - 1, warm_up=1, processes=PARTICIPANTS)
+    return Load(PARTICIPANTS, floats, tensors=10, rounds=rounds - 1, processes=PARTICIPANTS, task=SHIFT)
 
 
 def lines_of(mb: int, ours: Measured, idle: Measured) -> list[Line]:

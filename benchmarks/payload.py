@@ -24,7 +24,7 @@ from aggregator.strategies import make_strategy
 from benchmarks import embedded
 from benchmarks.fleet import THROUGH_BROKER, Beside, Load, Measured, rabbit, run_bare, run_fluffle
 from benchmarks.measure import BYTES_PER_MB, RESULTS, line, report, table, write
-from benchmarks.tasks import Drift
+from benchmarks.tasks import SHIFT, Shift
 from broker import tensors
 from broker.codecs import NONE, packing
 from broker.codecs.difference import difference
@@ -36,7 +36,8 @@ ROUNDED = CodecSettings(up="bf16", down="bf16")
 
 
 def load_of(mb: int, rounds: int) -> Load:
-    return Load(participants=4, floats=mb * BYTES_PER_MB // 4, tensors=10, rounds=rounds, processes=4)
+    floats = mb * BYTES_PER_MB // 4
+    return Load(participants=4, floats=floats, tensors=10, rounds=rounds, processes=4, task=SHIFT)
 
 
 def expected(load: Load) -> str:
@@ -46,7 +47,7 @@ def expected(load: Load) -> str:
     for number in range(1, run.stop.rounds + 1):
         strategy.start(model)
         for name in load.names:
-            trained = Drift(name, "").train(model, TrainConfig(number, seed=0))
+            trained = Shift(name, "").train(model, TrainConfig(number, seed=0))
             deltas = {key: np.subtract(values, model[key]) for key, values in trained.arrays.items()}
             if up.name != NONE:
                 deltas = up.unpack(up.pack(deltas, {}, np.random.default_rng(0)).body, model)

@@ -197,7 +197,6 @@ class Chunk(Message):
     kind: ClassVar[str] = "chunk"
     of: Sha256
     index: Annotated[int, Field(ge=0, lt=MAX_ITEMS)]
-    crc32: Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class Barrier(Message):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from broker.errors import BadMessage
 
 Arrays = dict[str, NDArray[Any]]
+Named = Mapping[str, NDArray[Any]]  # also of arrays that are made when they are asked for
 Buffer = bytes | bytearray | memoryview
 
 MAX_MANIFEST_BYTES = 16 << 20

@@ -6,7 +6,9 @@ import json
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aggregator.history import History, RoundReport
@@ -81,7 +83,11 @@ def headline(metrics: Mapping[str, float], wanted: str = "") -> str:
 
 
 def peak_rss_mb() -> float:
-    """The most memory this process ever held, in MiB."""
+    """The most memory this process ever held, in MiB. Only Linux tells that of this program alone; elsewhere it may
+    be that of whoever started it, if that was more."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / (1 << 10)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 

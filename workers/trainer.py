@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker import codecs, tensors
+from broker.codecs.layout import Made
 from broker.errors import BadMessage, TaskError
 from broker.messages import TrainRound, UpdateReady, Where
 from broker.payloads import describe
@@ -32,10 +34,10 @@ class Sizes:
     chunk_bytes: int = 1 << 20
     part_bytes: int = 8 << 20
 
-    def describe(self, blob: tensors.Buffer, model: Where | None) -> Where:
-        """How a body travels: the way that the model came."""
+    def describe(self, blob: tensors.Buffer, model: Where | None, name: str = "") -> Where:
+        """How a body travels: the way that the model came. `name`: of one that is handed over in memory."""
         if model is not None and model.where == "url":
-            return describe(blob, self.inline_bytes, self.part_bytes, "url")
+            return describe(blob, self.inline_bytes, self.part_bytes, "url", name)
         return describe(blob, self.inline_bytes, self.chunk_bytes)
 
 
@@ -100,11 +102,12 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
     return Finished(Held(update, body), owes, trained_s, encoded_s)
 
 
-def described(finished: Finished, model: Where | None, sizes: Sizes) -> Finished:
+def described(finished: Finished, model: Where | None, sizes: Sizes, *, handed_over: bool = False) -> Finished:
     """The same with how its body travels, if it has one; hashing that need not keep others from training."""
-    held = finished.held
+    held, update = finished.held, finished.held.update
     if held.blob:
-        held.update = held.update.model_copy(update={"body": sizes.describe(held.blob, model)})
+        name = f"{update.participant}/{update.run_id}/{update.task}" if handed_over else ""
+        held.update = update.model_copy(update={"body": sizes.describe(held.blob, model, name)})
     return finished
 
 
@@ -119,13 +122,14 @@ def _packed(arrays: Arrays, base: Arrays, errand: Errand, config: TrainConfig) -
             freed.note(out.nbytes)
 
         return codecs.Packed(tensors.encode_each(base, write), {})
-    changes = {name: np.empty(values.shape, values.dtype) for name, values in base.items()}
-    for name, out in changes.items():
-        _change(name, arrays, base, config, out)
-    due, missed = {}, 0
+    changes = Made(base, partial(_changed, arrays=arrays, base=base, config=config))
+    rng = np.random.default_rng([config.seed, CODEC_DRAWS])
+    if errand.residual is None and not errand.packing.codec.feedback:
+        return errand.packing.pack(changes, {}, rng)
+    whole, due, missed = dict(changes), {}, 0
     if errand.residual is not None:
-        due, missed = errand.residual.arrays(errand.told, changes), errand.residual.missed(errand.told)
-    return errand.packing.pack(changes, due, np.random.default_rng([config.seed, CODEC_DRAWS]), missed)
+        due, missed = errand.residual.arrays(errand.told, whole), errand.residual.missed(errand.told)
+    return errand.packing.pack(whole, due, rng, missed)
 
 
 def _owing(packed: codecs.Packed, errand: Errand) -> Residual | None:
@@ -145,6 +149,12 @@ def _check(arrays: Arrays, base: Arrays) -> None:
         tensors.check_like(arrays, base)
     except BadMessage as bad:
         raise TaskError(f"the task returned other arrays than it was given: {bad}") from None
+
+
+def _changed(name: str, arrays: Arrays, base: Arrays, config: TrainConfig) -> NDArray[Any]:
+    out = np.empty_like(base[name])
+    _change(name, arrays, base, config, out)
+    return out
 
 
 def _change(name: str, arrays: Arrays, base: Arrays, config: TrainConfig, out: NDArray[Any]) -> None:

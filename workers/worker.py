@@ -309,8 +309,10 @@ class Worker:
             return carry_out(self.site.task_for(order.told), errand, config)
 
         trained = await self.site.thread.run(contained(work))
-        size_bytes, sizes = len(trained.held.blob), self._settings.sizes
-        finished = await off_loop(size_bytes, described, trained, order.told.model, sizes)
+        store, sizes = self.site.store, self._settings.sizes
+        in_memory = store is not None and store.hands_over
+        size_bytes = 0 if in_memory else len(trained.held.blob)
+        finished = await off_loop(size_bytes, described, trained, order.told.model, sizes, handed_over=in_memory)
         await self._lag(self._settings.lag_s(finished.held.update.seconds))
         return finished  # what is finished is published, even if it may be late: the ledger shall know
 

@@ -11,7 +11,7 @@ from aggregator.strategies.fedavg import FedAvg
 from aggregator.strategies.fedsgd import FedSGD
 from aggregator.sums import FixedPointSum
 from broker.errors import ConfigError
-from broker.tensors import Arrays
+from broker.tensors import Arrays, Named
 
 
 class Strategy(Protocol):
@@ -22,8 +22,9 @@ class Strategy(Protocol):
     def start(self, model: Arrays) -> None:
         """Begins a round that departs from this global model."""
 
-    def add(self, arrays: Arrays, weight: int) -> None:
-        """Takes one update, all or nothing. Raises BadMessage if its values cannot be summed."""
+    def add(self, arrays: Named, weight: int) -> None:
+        """Takes one update, all or nothing; its arrays may be decoded anew whenever they are asked for. Raises
+        BadMessage if its values cannot be summed, or decoded."""
 
     def finish(self, out: Arrays | None = None) -> Arrays:
         """The new global model, written into `out`, if that is given: it may be the model of `start` itself. At

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from aggregator.sums import FixedPointSum
-from broker.tensors import Arrays
+from broker.tensors import Arrays, Named
 
 
 class FedAvg:
@@ -27,7 +27,7 @@ class FedAvg:
         self._model = model
         self._sum.start(model)
 
-    def add(self, arrays: Arrays, weight: int) -> None:
+    def add(self, arrays: Named, weight: int) -> None:
         self._sum.add(arrays, weight)
 
     def finish(self, out: Arrays | None = None) -> Arrays:

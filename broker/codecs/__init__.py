@@ -20,7 +20,7 @@ from broker.codecs.bf16 import Bf16
 from broker.codecs.feedback import left_over, owed
 from broker.codecs.fp16 import Fp16
 from broker.codecs.int8 import Int8
-from broker.codecs.layout import Layout
+from broker.codecs.layout import Layout, Made
 from broker.codecs.lossless import squeeze, unsqueeze
 from broker.codecs.plain import Plain
 from broker.codecs.powersgd import MOST_RANK, PowerSgd
@@ -28,7 +28,7 @@ from broker.codecs.qsgd import MOST_LEVELS, Qsgd
 from broker.codecs.sign import Sign
 from broker.codecs.topk import HIGHEST_RATIO, TopK
 from broker.errors import ConfigError
-from broker.tensors import Arrays, Buffer
+from broker.tensors import Arrays, Buffer, Named
 
 NONE = "none"
 LADDER = ("none", "bf16+zstd", "int8+zstd", "qsgd:7+zstd", "topk:0.01+zstd")  # for `auto`: the most faithful first
@@ -43,11 +43,11 @@ class Codec(Protocol):
     feedback: bool
     share: float
 
-    def encode(self, layout: Layout, arrays: Arrays, rng: np.random.Generator) -> Arrays:
+    def encode(self, layout: Layout, arrays: Named, rng: np.random.Generator) -> Arrays:
         """The participant's half. `arrays` are like `layout.like`, floats perhaps wider. Raises TaskError if a
         value is not finite."""
 
-    def decode(self, layout: Layout, encoded: Arrays) -> Arrays:
+    def decode(self, layout: Layout, encoded: Arrays) -> Named:
         """The aggregator's half: arrays with the names, shapes and dtypes of `layout.like`. Raises BadMessage
         for anything but an encoded form of such arrays."""
 
@@ -68,26 +68,31 @@ class Packing:
     codec: Codec
     squeezed: bool
 
-    def pack(self, delta: Arrays, residual: Arrays, rng: np.random.Generator, missed: int = 0) -> Packed:
-        """The bytes of an update. `residual`: what the updates before owe, `missed` rounds ago.
+    def pack(self, delta: Arrays | Made, residual: Arrays, rng: np.random.Generator, missed: int = 0) -> Packed:
+        """The bytes of an update. `residual`: what the updates before owe, `missed` rounds ago. Without one, and
+        without error feedback, each tensor is asked for only once.
 
         Raises TaskError if a value is not finite.
         """
-        layout = Layout(delta)
+        layout = Layout(delta.like if isinstance(delta, Made) else delta)
         with np.errstate(over="ignore"):  # what overflows is found not to be finite
-            due = owed(delta, residual, missed)
-            encoded = self.codec.encode(layout, due, rng)
+            if residual or self.codec.feedback:
+                due = owed(delta, residual, missed)
+                encoded = self.codec.encode(layout, due, rng)
+                left = left_over(due, self._decoded(layout, encoded)) if self.codec.feedback else {}
+            else:
+                encoded, left = self.codec.encode(layout, delta, rng), {}
         blob = tensors.encode(encoded)
-        left = left_over(due, self._decoded(layout, encoded)) if self.codec.feedback else {}
         return Packed(squeeze(blob) if self.squeezed else blob, left)
 
-    def unpack(self, body: Buffer, like: Arrays) -> Arrays:
-        """The arrays of an update to the model `like`. Raises BadMessage."""
+    def unpack(self, body: Buffer, like: Arrays) -> Named:
+        """The arrays of an update to the model `like`, some of them decoded when they are asked for. Raises
+        BadMessage, perhaps only then."""
         if self.squeezed:
             body = unsqueeze(body, sum(array.nbytes for array in like.values()) + SPARE_BYTES)
         return self._decoded(Layout(like), tensors.decode(body))
 
-    def _decoded(self, layout: Layout, encoded: Arrays) -> Arrays:
+    def _decoded(self, layout: Layout, encoded: Arrays) -> Named:
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused by the sum's bounds
             return self.codec.decode(layout, encoded)
 

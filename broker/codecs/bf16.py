@@ -10,7 +10,7 @@ import numpy as np
 
 from broker.codecs.layout import Block, Floats, Layout, Part
 from broker.errors import BadMessage
-from broker.tensors import Arrays
+from broker.tensors import Arrays, Named
 
 LARGEST = float(np.array(0x7F7F0000, np.uint32).view(np.float32))
 
@@ -19,7 +19,7 @@ class Bf16:
     feedback = False
     share = 0.5
 
-    def encode(self, layout: Layout, arrays: Arrays, rng: np.random.Generator) -> Arrays:  # noqa: ARG002
+    def encode(self, layout: Layout, arrays: Named, rng: np.random.Generator) -> Arrays:  # noqa: ARG002
         upper = np.empty(layout.values, np.uint16)
         for block, values in layout.read(arrays):
             bits = np.clip(values, -LARGEST, LARGEST).view(np.uint32)
@@ -27,7 +27,7 @@ class Bf16:
             upper[block.flat] = bits >> 16
         return {"b": upper.view(np.int16), **layout.keep(arrays)}
 
-    def decode(self, layout: Layout, encoded: Arrays) -> Arrays:
+    def decode(self, layout: Layout, encoded: Arrays) -> Named:
         layout.check(encoded, {"b": Part(np.int16, layout.values)})
 
         def values_of(block: Block) -> Floats:
@@ -36,4 +36,4 @@ class Bf16:
                 raise BadMessage("encoded array 'b' has values that are not finite")
             return values
 
-        return layout.write(values_of) | layout.kept_in(encoded)
+        return layout.write(values_of, encoded)

@@ -13,12 +13,12 @@ import numpy as np
 
 from broker.codecs.layout import is_float
 from broker.errors import BadMessage
-from broker.tensors import Arrays
+from broker.tensors import Arrays, Named
 
 DECAY = 0.5  # for each round missed
 
 
-def owed(delta: Arrays, residual: Arrays, missed: int = 0) -> Arrays:
+def owed(delta: Named, residual: Arrays, missed: int = 0) -> Arrays:
     """delta + residual, in float32 at least; integers and what has no residual stay as they are."""
     factor = np.float32(DECAY**missed)
     return {name: _wide_sum(array, residual.get(name), factor) for name, array in delta.items()}
@@ -31,7 +31,7 @@ def _wide_sum(array: np.ndarray, left: np.ndarray | None, factor: np.float32) ->
     return wide if left is None else wide + left * factor
 
 
-def left_over(due: Arrays, decoded: Arrays) -> Arrays:
+def left_over(due: Arrays, decoded: Named) -> Arrays:
     """What of `due` was not in what travelled: the new residual."""
     return {
         name: np.subtract(array, decoded[name], dtype=array.dtype) for name, array in due.items() if is_float(array)

@@ -10,7 +10,7 @@ import numpy as np
 
 from broker.codecs.layout import Layout, Part
 from broker.errors import BadMessage
-from broker.tensors import Arrays
+from broker.tensors import Arrays, Named
 
 BUCKET = 256
 LEVELS = 127
@@ -20,7 +20,7 @@ class Int8:
     feedback = False
     share = 0.26
 
-    def encode(self, layout: Layout, arrays: Arrays, rng: np.random.Generator) -> Arrays:  # noqa: ARG002
+    def encode(self, layout: Layout, arrays: Named, rng: np.random.Generator) -> Arrays:  # noqa: ARG002
         codes = np.empty(layout.values, np.int8)
         scales = np.empty(layout.buckets(BUCKET), np.float32)
         for block, values in layout.read(arrays, BUCKET):
@@ -30,16 +30,16 @@ class Int8:
             codes[block.flat] = np.clip(np.rint(values / steps), -LEVELS, LEVELS)
         return {"q": codes, "s": scales, **layout.keep(arrays)}
 
-    def decode(self, layout: Layout, encoded: Arrays) -> Arrays:
+    def decode(self, layout: Layout, encoded: Arrays) -> Named:
         parts = {"q": Part(np.int8, layout.values), "s": Part(np.float32, layout.buckets(BUCKET))}
         layout.check(encoded, parts)
         codes, scales = encoded["q"], encoded["s"]
         if (scales < 0).any():
             raise BadMessage("encoded array 's' has a scale below 0")
-        values = layout.write(
+        return layout.write(
             lambda block: (
                 codes[block.flat] * np.repeat(scales[block.buckets], BUCKET)[: block.flat.stop - block.flat.start]
             ),
+            encoded,
             BUCKET,
         )
-        return values | layout.kept_in(encoded)

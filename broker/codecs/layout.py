@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker.errors import BadMessage, TaskError
-from broker.tensors import Arrays
+from broker.tensors import Arrays, Named
 
 BLOCK = 1 << 16  # values
 LEAST_MATRIX = 64
@@ -35,6 +36,24 @@ def is_float(array: NDArray[Any]) -> bool:
 def is_coded(array: NDArray[Any]) -> bool:
     """Whether codecs make this tensor smaller; others are kept whole."""
     return is_float(array) and array.size >= (LEAST_MATRIX if array.ndim > 1 else LEAST_CODED)
+
+
+class Made(Mapping[str, NDArray[Any]]):
+    """Arrays with the names of a model, each made anew whenever it is asked for."""
+
+    def __init__(self, like: Arrays, make: Callable[[str], NDArray[Any]]) -> None:
+        self.like, self._make = like, make
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self.like:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like)
+
+    def __len__(self) -> int:
+        return len(self.like)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,38 +101,59 @@ class Layout:
                 )
                 flat, buckets = flat + size, buckets + count
 
-    def read(self, arrays: Arrays, bucket: int = BLOCK) -> Iterator[tuple[Block, Floats]]:
-        """Each block with its values as float32. Raises TaskError for a value that is not finite."""
-        for block in self.blocks(bucket):
-            values = arrays[block.name].reshape(-1)[block.inside].astype(np.float32, copy=False)
-            if not np.isfinite(values).all():
-                raise not_finite(block.name)
-            yield block, values
+    def read(self, arrays: Named, bucket: int = BLOCK) -> Iterator[tuple[Block, Floats]]:
+        """Each block with its values as float32; each tensor is asked for once, and let go of before the next.
 
-    def write(self, values_of: Callable[[Block], NDArray[Any]], bucket: int = BLOCK) -> Arrays:
-        """Arrays like the model's coded tensors, each block computed by `values_of`."""
-        arrays = {name: np.empty(self.like[name].shape, self.like[name].dtype) for name in self.coded}
-        flat = {name: array.reshape(-1) for name, array in arrays.items()}
-        for block in self.blocks(bucket):
-            flat[block.name][block.inside] = values_of(block)
-        return arrays
+        Raises TaskError for a value that is not finite.
+        """
+        for name, blocks in groupby(self.blocks(bucket), lambda block: block.name):
+            flat = arrays[name].reshape(-1)
+            for block in blocks:
+                values = flat[block.inside].astype(np.float32, copy=False)
+                if not np.isfinite(values).all():
+                    raise not_finite(name)
+                yield block, values
+            del flat
+
+    def write(self, values_of: Callable[[Block], NDArray[Any]], encoded: Arrays, bucket: int = BLOCK) -> Named:
+        """Arrays like the model's: the coded ones are computed by `values_of`, block by block and whenever one is
+        asked for, so that nobody need hold all of them; the kept ones are those of the checked encoded form."""
+        blocks = {name: list(group) for name, group in groupby(self.blocks(bucket), lambda block: block.name)}
+
+        def made(name: str) -> NDArray[Any]:
+            if name in self.kept:
+                return self._kept(name, encoded)
+            array = np.empty(self.like[name].shape, self.like[name].dtype)
+            flat = array.reshape(-1)
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused by the sum's bounds
+                for block in blocks[name]:
+                    flat[block.inside] = values_of(block)
+            return array
+
+        return Made(self.like, made)
 
     # -- kept tensors ------------------------------------------------------------------------------------------
 
-    def keep(self, arrays: Arrays) -> Arrays:
+    def keep(self, arrays: Named) -> Arrays:
         """The kept tensors as they are, under short names."""
+        kept = {}
         for name in self.kept:
-            if is_float(arrays[name]) and not np.isfinite(arrays[name]).all():
+            array = arrays[name]
+            if is_float(array) and not np.isfinite(array).all():
                 raise not_finite(name)
-        return {self.places[name]: arrays[name].astype(self.like[name].dtype, copy=False) for name in self.kept}
+            kept[self.places[name]] = array.astype(self.like[name].dtype, copy=False)
+        return kept
 
-    def keep_halved(self, arrays: Arrays) -> Arrays:
+    def keep_halved(self, arrays: Named) -> Arrays:
         """As `keep`, in float16 where every value fits: for codecs whose residual takes up what that loses."""
         return {place: _halved(array) for place, array in self.keep(arrays).items()}
 
     def kept_in(self, encoded: Arrays) -> Arrays:
         """The kept tensors out of a checked encoded form, in the model's dtypes."""
-        return {name: encoded[self.places[name]].astype(self.like[name].dtype, copy=False) for name in self.kept}
+        return {name: self._kept(name, encoded) for name in self.kept}
+
+    def _kept(self, name: str, encoded: Arrays) -> NDArray[Any]:
+        return encoded[self.places[name]].astype(self.like[name].dtype, copy=False)
 
     # -- encoded forms -----------------------------------------------------------------------------------------
 

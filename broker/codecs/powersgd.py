@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.codecs.layout import BLOCK, LARGEST_HALF, Floats, Layout, Part, is_coded, not_finite
-from broker.tensors import Arrays
+from broker.tensors import Arrays, Named
 
 MOST_RANK = 64
 PASSES = 2
@@ -37,7 +37,7 @@ class PowerSgd:
         rows = int(array.shape[0])
         return self.rank * (rows + array.size // rows) < array.size
 
-    def encode(self, layout: Layout, arrays: Arrays, rng: np.random.Generator) -> Arrays:
+    def encode(self, layout: Layout, arrays: Named, rng: np.random.Generator) -> Arrays:
         layout = self._layout(layout)
         found = [self._factors(name, arrays[name], rng) for name in layout.coded]
         halves = [

@@ -11,7 +11,7 @@ import numpy as np
 
 from broker.codecs.layout import Block, Floats, Layout, Part, pack_bits, packed_bytes, unpack_bits
 from broker.errors import BadMessage
-from broker.tensors import Arrays
+from broker.tensors import Arrays, Named
 
 BUCKET = 1024
 MOST_LEVELS = 127
@@ -25,7 +25,7 @@ class Qsgd:
         self.bits = (2 * levels).bit_length()
         self.share = self.bits / 32
 
-    def encode(self, layout: Layout, arrays: Arrays, rng: np.random.Generator) -> Arrays:
+    def encode(self, layout: Layout, arrays: Named, rng: np.random.Generator) -> Arrays:
         codes = np.empty(layout.values, np.uint8)
         norms = np.empty(layout.buckets(BUCKET), np.float32)
         for block, values in layout.read(arrays, BUCKET):
@@ -41,7 +41,7 @@ class Qsgd:
         codes: Floats = self.levels + np.copysign(np.minimum(lower + up, self.levels), scaled)
         return codes
 
-    def decode(self, layout: Layout, encoded: Arrays) -> Arrays:
+    def decode(self, layout: Layout, encoded: Arrays) -> Named:
         size = packed_bytes(layout.values, self.bits)
         layout.check(encoded, {"q": Part(np.uint8, size), "n": Part(np.float32, layout.buckets(BUCKET))})
         codes, norms = unpack_bits(encoded["q"], self.bits, layout.values), encoded["n"]
@@ -53,7 +53,7 @@ class Qsgd:
             values: Floats = xi * _spread(norms[block.buckets], xi.size)
             return values
 
-        return layout.write(values_of, BUCKET) | layout.kept_in(encoded)
+        return layout.write(values_of, encoded, BUCKET)
 
 
 def _norms(values: Floats) -> Floats:

@@ -10,7 +10,7 @@ import numpy as np
 
 from broker.codecs.layout import Block, Floats, Layout, Part, pack_bits, packed_bytes, unpack_bits
 from broker.errors import BadMessage
-from broker.tensors import Arrays
+from broker.tensors import Arrays, Named
 
 BUCKET = 4096
 
@@ -19,7 +19,7 @@ class Sign:
     feedback = True
     share = 1 / 32
 
-    def encode(self, layout: Layout, arrays: Arrays, rng: np.random.Generator) -> Arrays:  # noqa: ARG002
+    def encode(self, layout: Layout, arrays: Named, rng: np.random.Generator) -> Arrays:  # noqa: ARG002
         negative = np.empty(layout.values, np.uint8)
         means = np.empty(layout.buckets(BUCKET), np.float32)
         for block, values in layout.read(arrays, BUCKET):
@@ -29,7 +29,7 @@ class Sign:
             negative[block.flat] = values < 0
         return {"b": pack_bits(negative, 1), "m": means, **layout.keep_halved(arrays)}
 
-    def decode(self, layout: Layout, encoded: Arrays) -> Arrays:
+    def decode(self, layout: Layout, encoded: Arrays) -> Named:
         size = packed_bytes(layout.values, 1)
         parts = {"b": Part(np.uint8, size), "m": Part(np.float32, layout.buckets(BUCKET))}
         layout.check(encoded, parts, halved=True)
@@ -42,4 +42,4 @@ class Sign:
             values: Floats = signs * np.repeat(means[block.buckets], BUCKET)[: signs.size]
             return values
 
-        return layout.write(values_of, BUCKET) | layout.kept_in(encoded)
+        return layout.write(values_of, encoded, BUCKET)

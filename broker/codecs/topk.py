@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from broker.codecs.layout import LARGEST_HALF, Floats, Layout, Part, packed_bytes
 from broker.errors import BadMessage
-from broker.tensors import Arrays
+from broker.tensors import Arrays, Named
 
 LONGEST = 7  # bytes of a number: 49 bits, and a tensor has fewer than 2**48 values
 HIGHEST_RATIO = 0.5  # beyond, whole values take no more room
@@ -35,7 +35,7 @@ class TopK:
         """k: at least one, if there is any."""
         return min(values, max(1, math.ceil(self.ratio * values)))
 
-    def encode(self, layout: Layout, arrays: Arrays, rng: np.random.Generator) -> Arrays:  # noqa: ARG002
+    def encode(self, layout: Layout, arrays: Named, rng: np.random.Generator) -> Arrays:  # noqa: ARG002
         places, values = _largest(layout, arrays, self.count(layout.values))
         halves = np.clip(values, -LARGEST_HALF, LARGEST_HALF).astype(np.float16)
         gaps = write_gaps(places)
@@ -65,7 +65,7 @@ class TopK:
 # -- which values ------------------------------------------------------------------------------------------------
 
 
-def _largest(layout: Layout, arrays: Arrays, count: int) -> tuple[Places, Floats]:
+def _largest(layout: Layout, arrays: Named, count: int) -> tuple[Places, Floats]:
     """Places and values of the `count` largest magnitudes, in order."""
     threshold, ties = _threshold(layout, arrays, count)
     places: list[Places] = []
@@ -82,7 +82,7 @@ def _largest(layout: Layout, arrays: Arrays, count: int) -> tuple[Places, Floats
     return np.concatenate([np.empty(0, np.int64), *places]), np.concatenate([np.empty(0, np.float32), *chosen])
 
 
-def _threshold(layout: Layout, arrays: Arrays, count: int) -> tuple[int, int]:
+def _threshold(layout: Layout, arrays: Named, count: int) -> tuple[int, int]:
     """The count-th largest magnitude as bits, and how many of those equal to it are needed.
 
     A radix selection: magnitudes of floats are ordered as their bits. Two passes count the upper, then the lower

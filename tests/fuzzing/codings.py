@@ -35,7 +35,7 @@ def check_coded(data: bytes) -> None:
     if number >= SQUEEZES:
         name, body = f"{name}+zstd", body if number & TORN else bytes(squeeze(body))
     try:
-        arrays = packing(name).unpack(body, MODEL)
+        arrays = dict(packing(name).unpack(body, MODEL))
     except BadMessage as bad:
         check_reason(bad)
         raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Coroutine
 from typing import Any
 
@@ -68,7 +67,7 @@ EXAMPLES: tuple[Message, ...] = (
         model=INLINE, learning_task="digits", data={"participants": 2}, settings={"lr": 0.1, "on": True},
         seed=7, deadline_s=9.0, late_counts=True, fates={"p01": (1, "late")},
     ),
-    Chunk(of=SHA, index=1, crc32=zlib.crc32(b"abc")),
+    Chunk(of=SHA, index=1),
     Barrier(nonce="n"),
     Rejected(offset=1, participant="p01", reason="no"),
     HEAD,
@@ -207,7 +206,7 @@ def now(what: Coroutine[Any, Any, Any]) -> Any:
 
 
 def chunk(where: Where, index: int, data: bytes) -> bytes:
-    return wire.encode(Chunk(of=where.sha256, index=index, crc32=zlib.crc32(data)), data)
+    return wire.encode(Chunk(of=where.sha256, index=index), data)
 
 
 def chunked(blob: bytes, where: Where, announced: bytes) -> bytes:

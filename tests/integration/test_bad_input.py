@@ -6,7 +6,6 @@ import asyncio
 import json
 import pickle
 import re
-import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,7 +324,7 @@ SIZE = 1000  # values: about four chunks
 
 def chunk_frames(blob: Buffer, where: Where) -> list[bytes]:
     pieces = [bytes(blob[piece(where, index)]) for index in range(where.chunks)]
-    return [encode(Chunk(of=where.sha256, index=i, crc32=zlib.crc32(p)), p) for i, p in enumerate(pieces)]
+    return [encode(Chunk(of=where.sha256, index=i), p) for i, p in enumerate(pieces)]
 
 
 def nothing_lost(frames: list[bytes]) -> list[bytes]:

@@ -446,7 +446,7 @@ def encoded_of(name: str, delta: Arrays) -> tuple[Packing, Arrays]:
 
 def refused(codec: Packing, encoded: Arrays, like: Arrays) -> str:
     with pytest.raises(BadMessage) as bad:
-        codec.unpack(tensors.encode(encoded), like)
+        dict(codec.unpack(tensors.encode(encoded), like))
     return str(bad.value)
 
 

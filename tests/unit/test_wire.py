@@ -145,7 +145,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
         fates=FATES,
         finished=st.booleans(),
     ),
-    Chunk: st.builds(Chunk, of=SHA256, index=st.integers(0, MAX_ITEMS - 1), crc32=st.integers(0, (1 << 32) - 1)),
+    Chunk: st.builds(Chunk, of=SHA256, index=st.integers(0, MAX_ITEMS - 1)),
     Barrier: st.builds(Barrier, nonce=TEXT),
     Control: st.builds(Control, command=st.sampled_from(["pause", "resume", "stop"]), run_id=RUN, nonce=TEXT)
     | st.builds(Control, command=st.sampled_from(["remove", "admit"]), participant=PARTICIPANT, nonce=TEXT),
@@ -379,7 +379,7 @@ def test_no_mutation_of_a_frame_does_more_than_be_refused() -> None:
         settled={"p01": (1, "late")},
         decided=(Decision(epoch=1, offset=1, participant="p01", task=1, verdict="late"),),
     )
-    for number, message in enumerate((update, head, Join(participant="p01"), Chunk(of="a" * 64, index=1, crc32=7))):
+    for number, message in enumerate((update, head, Join(participant="p01"), Chunk(of="a" * 64, index=1))):
         understood = 0
         for damaged in mutations(encode(message, b"abc"), 3000, seed=number):
             try:
