@@ -46,7 +46,7 @@ format: install  ## put the code into shape
 	$(BIN)/ruff check --fix .
 
 docs: install  ## write the generated pages anew and check all of them
-	$(BIN)/python docs/generate.py
+	$(BIN)/python -m docs.generate
 	$(BIN)/pytest -q tests/docs
 
 clean:  ## remove what the tools left behind (not runs/)

@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 from aggregator import ledger
 from aggregator.announcer import FANOUT
 from aggregator.daemon import QUOTED_BYTES
+from benchmarks.codecs import Point, page
 from benchmarks.measure import Line, table
 from broker import head, messages, payloads, tensors, topology, wire
 from broker.transport import Binding, Declaration, Exchange, Queue, Stream
@@ -350,17 +351,25 @@ def _lines(names: str) -> list[Line]:
     return [Line(**line) for result in found for line in result["lines"]]
 
 
-def _measured(name: str, _: Meanings) -> str:
-    """All lines of one benchmark, and when and with what they were measured."""
+def _measured(argument: str, _: Meanings) -> str:
+    """All lines of one benchmark, or those without an aim, and when and with what they were measured."""
+    name, _, without_aims = argument.partition(" ")
     told = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
     versions = ", ".join(f"{package} {number}" for package, number in told["versions"].items())
     when = f"`{told['command']}`, {told['date'][:10]}, {told['cores']} cores ({told['processor']}), {versions}."
-    return f"{table(_lines(name))}\n\n{wrapped(when)}\n"
+    lines = [line for line in _lines(name) if not (without_aims and line.aim)]
+    return f"{table(lines)}\n\n{wrapped(when)}\n"
 
 
 def _aims(names: str, _: Meanings) -> str:
     """The lines of several benchmarks that have an aim."""
     return table([line for line in _lines(names) if line.aim]) + "\n"
+
+
+def _codecs(name: str, _: Meanings) -> str:
+    """Accuracy and bytes of every codec."""
+    told = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+    return page([Point(**point) for point in told["details"]["points"]]) + "\n"
 
 
 def wrapped(text: str) -> str:
@@ -378,6 +387,7 @@ KINDS: dict[str, Callable[[str, Meanings], str]] = {
     "commands": _commands,
     "measured": _measured,
     "aims": _aims,
+    "codecs": _codecs,
 }
 
 if __name__ == "__main__":
