@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -138,15 +138,20 @@ async def _learning_tasks(plan: Plan, display: Display, thread: Lane) -> Callabl
     """How each participant finds its learning task: its own, or one that trains together with the others'."""
     tasks = {shard.name: _bound(plan, shard) for shard in plan.shares.shards}
     if plan.config.simulation.vectorise:
-        chosen = plan.definition.recipe(plan.config.train.chosen())
-        asked = plan.config.round.cohort or len(tasks)
         try:
-            together = await thread.run(partial(Together, tasks, chosen, asked))
+            together = await thread.run(partial(_together, plan.config, plan.definition, tasks))
             display.on_notice("trained_together", participants=len(tasks), largest_group=together.largest_group)
             return lambda participant: partial(together.task_for, participant)
         except Unstackable as unfit:
             display.on_notice("trained_one_by_one", reason=str(unfit))
     return lambda participant: always(tasks[participant])
+
+
+def _together(config: Config, definition: TaskDefinition, tasks: Mapping[str, TorchTask]) -> Together:
+    if make_strategy(config.strategy, config.round).wants == "gradient":
+        raise Unstackable(f"strategy {config.strategy.name!r} sums gradients, which are computed one by one")
+    asked = min(config.round.cohort or len(tasks), len(tasks))
+    return Together(tasks, definition.recipe(config.train.chosen()), asked)
 
 
 def _bound(plan: Plan, shard: Shard) -> TorchTask:
