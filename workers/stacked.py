@@ -1,4 +1,5 @@
-"""Many participants' models trained side by side: their parameters are stacked, and one pass does a step of all.
+"""Many participants' models trained side by side: their parameters are stacked, and one pass (`torch.func.vmap`)
+does a step of all.
 
 The same steps as `TorchTask.train` takes for each of them, on the same batches in the same order. Only sums of
 floating-point numbers are added up in another order, so what comes out is equal within rounding and not bit for
@@ -7,23 +8,29 @@ bit. `try_out` finds out first, on the model itself, whether that holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, vmap
 
 from broker.errors import TaskError
 from workers.modules import load_arrays, seeded
 from workers.recipe import Recipe
 from workers.task import Arrays, TrainResult, WorkAbandoned
-from workers.torch_task import Loss, Rows, TorchTask, batches
+from workers.torch_task import Loss, Rows, TaskDefinition, TorchTask, batches
 
 TOLERANCE = 1e-4  # of the largest gradient; rounding in float32 is about a hundredth of that
+
+EACH: Mapping[str, Loss] = {
+    "cross-entropy": partial(F.cross_entropy, reduction="none"),
+    "mse": lambda outputs, targets: F.mse_loss(outputs.reshape(targets.shape), targets, reduction="none"),
+}
 
 Gradients = dict[str, Tensor]
 
@@ -90,22 +97,28 @@ class Models:
         moving = self.parameters if chosen.momentum else {}
         self._velocity = {name: torch.zeros_like(values) for name, values in moving.items()}
         self._chosen = chosen
-        loss = partial(_weighted_loss, task.module, task.definition.mean_loss())
-        self._gradients = vmap(grad_and_value(loss))
+        self._outputs = vmap(partial(functional_call, task.module))
+        self._loss_of_each = _loss_of_each(task.definition)
 
     def gradients(self, batch: Batch) -> tuple[Gradients, Tensor]:
-        """Of the first members' mean losses, one for each in the batch; and those losses (members,)."""
-        first = {name: values[: len(batch.x)] for name, values in self.parameters.items()}
-        found: tuple[Gradients, Tensor] = self._gradients(first, batch.x, batch.y, batch.share)
-        return found
+        """Of the first members' mean losses, one for each in the batch; and those losses (members,).
+
+        No member's loss depends on another's parameters, so the gradient of their sum is that of each.
+        """
+        first = {name: values[: len(batch.x)].requires_grad_() for name, values in self.parameters.items()}
+        outputs = self._outputs(first, (batch.x,)).flatten(0, 1)
+        each = self._loss_of_each(outputs, batch.y.flatten()).reshape(batch.share.shape)
+        losses = (each * batch.share).sum(dim=1)
+        found = torch.autograd.grad(losses.sum(), list(first.values()))
+        return dict(zip(first, found, strict=True)), losses.detach()
 
     def step(self, batch: Batch) -> list[float]:
         """v <- momentum v + g; w <- w - lr v, for the first members; returns their mean losses before it."""
         gradients, losses = self.gradients(batch)
         for name, values in self.parameters.items():
-            first, step = values[: len(batch.x)], gradients[name].detach()
+            first, step = values[: len(batch.x)], gradients[name]
             if self._chosen.l2 and values.ndim > 2:  # weights, not biases: the first dimension is the members'
-                step = step.add(first, alpha=self._chosen.l2)
+                step.add_(first, alpha=self._chosen.l2)
             if self._chosen.momentum:
                 step = self._velocity[name][: len(batch.x)].mul_(self._chosen.momentum).add_(step)
             first.sub_(step, alpha=self._chosen.lr)
@@ -179,12 +192,12 @@ def _gradients_alone(task: TorchTask, indices: Tensor, chosen: Recipe) -> Gradie
     return {name: own.grad for name, own in task.module.named_parameters() if own.grad is not None}
 
 
-def _weighted_loss(
-    module: nn.Module, loss: Loss, parameters: Gradients, x: Tensor, y: Tensor, share: Tensor
-) -> Tensor:
-    outputs = functional_call(module, parameters, (x,))
-    each: Tensor = vmap(lambda output, target: loss(output[None], target[None]))(outputs, y)
-    return (each * share).sum()
+def _loss_of_each(definition: TaskDefinition) -> Loss:
+    """The loss of each example by itself, whose mean is the definition's."""
+    if isinstance(definition.loss, str):
+        return EACH[definition.loss]
+    mean: Loss = definition.loss
+    return vmap(lambda output, target: mean(output[None], target[None]))
 
 
 def _steps(members: Sequence[Member], chosen: Recipe) -> Iterator[list[Tensor]]:

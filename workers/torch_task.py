@@ -57,10 +57,6 @@ class TaskDefinition:
         """The defaults with these settings over them. Raises ConfigError for one that cannot work."""
         return recipe({**self.defaults, **settings})
 
-    def mean_loss(self) -> Loss:
-        """The loss as a function of (outputs, targets)."""
-        return LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
-
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"
     ) -> TorchTask:
@@ -203,7 +199,8 @@ class TorchTask:
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs and mean loss. Raises TaskError, with shapes, for whatever goes wrong in the user's code."""
-        function = self.definition.mean_loss()
+        chosen = self.definition.loss
+        function = LOSSES[chosen] if isinstance(chosen, str) else chosen
         with self._failures_named(x, y):
             outputs = self.module(x)
             loss = function(outputs, y)
