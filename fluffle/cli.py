@@ -145,7 +145,7 @@ def settings() -> None:
     from fluffle.config import settings as all_settings
 
     for setting in all_settings():
-        default = "" if setting.default in (None, "") else f" = {setting.default}"
+        default = "" if setting.default in (None, "") else f" = {setting.written}"
         ways = "  ".join(filter(None, (setting.flag, setting.env)))
         click.echo(f"{setting.name}: {setting.type}{default}\n    {setting.description}\n    {ways}")
     click.echo("\nA task may know further train.* settings.")

@@ -316,6 +316,11 @@ class Setting:
     flag: str
 
     @property
+    def written(self) -> str:
+        """The default as one would write it."""
+        return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
+
+    @property
     def is_text(self) -> bool:
         return self.type not in ("int", "float", "bool")
 
