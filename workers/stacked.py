@@ -118,7 +118,7 @@ class Models:
         for name, values in self.parameters.items():
             first, step = values[: len(batch.x)], gradients[name]
             if self._chosen.l2 and values.ndim > 2:  # weights, not biases: the first dimension is the members'
-                step.add_(first, alpha=self._chosen.l2)
+                step = step.add(first, alpha=self._chosen.l2)
             if self._chosen.momentum:
                 step = self._velocity[name][: len(batch.x)].mul_(self._chosen.momentum).add_(step)
             first.sub_(step, alpha=self._chosen.lr)
@@ -168,9 +168,11 @@ def _compared(task: TorchTask, chosen: Recipe) -> Fit:
         held_bytes.append(saved.nbytes)
         return saved
 
-    with seeded(0), saved_tensors_hooks(note, lambda saved: saved):
-        alone = [_gradients_alone(task, indices, chosen) for indices in pair]
-    models = Models(task, tuple(alone[0]), len(pair), chosen)
+    with seeded(0):
+        with saved_tensors_hooks(note, lambda saved: saved):
+            first = _gradients_alone(task, whole, chosen)
+        alone = [first, _gradients_alone(task, pair[1], chosen)]
+    models = Models(task, tuple(first), len(pair), chosen)
     together, _ = models.gradients(side_by_side([task.rows] * 2, pair, len(whole) + 1))
     for index, expected in enumerate(alone):
         allowed = TOLERANCE * max(gradient.abs().max().item() for gradient in expected.values())
@@ -179,8 +181,8 @@ def _compared(task: TorchTask, chosen: Recipe) -> Fit:
                 "its gradients are others than alone: the examples of a batch influence one another, or the loss "
                 "is not their mean"
             )
-    own_bytes = sum(gradient.nbytes for gradient in alone[0].values())
-    return Fit(tuple(alone[0]), 3 * own_bytes + sum(held_bytes))  # parameters, gradients, velocity
+    own_bytes = sum(gradient.nbytes for gradient in first.values())
+    return Fit(tuple(first), 3 * own_bytes + sum(held_bytes))  # parameters, gradients, velocity
 
 
 def _gradients_alone(task: TorchTask, indices: Tensor, chosen: Recipe) -> Gradients:

@@ -18,7 +18,7 @@ from workers.task import Arrays, Evaluation, LearningTask, TrainConfig, TrainRes
 from workers.torch_task import TorchTask
 
 GROUP_BYTES = 64 << 20  # most that a step of a group holds: parameters, gradients, velocity, what backward needs
-FEWEST = 4  # with fewer models, or larger ones, one after the other is as quick (benchmarks/vectorised.py)
+FEWEST = 4  # with fewer models, or larger ones, one after the other is as quick
 
 log = structlog.get_logger(__name__)
 

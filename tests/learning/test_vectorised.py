@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +33,15 @@ from workers.torch_task import TaskDefinition, TorchTask
 torch.set_num_threads(1)
 
 SIZES = (23, 17, 16, 9, 3, 1)
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[None]:
+    """Every event, whatever a test before has configured."""
+    before = structlog.get_config()
+    structlog.reset_defaults()
+    yield
+    structlog.configure(**before)
 
 
 def points(n: int, seed: int = 0) -> Dataset:

@@ -175,7 +175,7 @@ def test_a_switch_wins_over_the_environment(
     simulation: Simulation,
     monkeypatch: pytest.MonkeyPatch,
     flags: tuple[str, ...],
-    expected: bool,  # noqa: FBT001
+    expected: bool,
 ) -> None:
     monkeypatch.setenv("FLUFFLE_SIMULATION_VECTORISE", "true")
     assert fluffle("simulate", "digits", *flags).exit_code == 0
