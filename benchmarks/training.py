@@ -44,20 +44,25 @@ class Cost:
 
 def cost_of(command: tuple[str, ...]) -> Cost:
     with tempfile.TemporaryDirectory(prefix="fluffle-bench-") as directory:
-        began = time.monotonic()
-        process = subprocess.Popen(
-            command, cwd=directory, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        assert process.stdout
-        said = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        wall_s, process.returncode = time.monotonic() - began, os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0, said
-        result = Path(directory, "result.json")
-        accuracy = json.loads(result.read_text())["metrics"] if result.exists() else json.loads(said)
-        cpu_s = usage.ru_utime + usage.ru_stime
-        return Cost(wall_s, cpu_s, usage.ru_maxrss * 1024 / 1e6, accuracy["accuracy"])
+        return cost_in(Path(directory), command)
+
+
+def cost_in(directory: Path, command: tuple[str, ...]) -> Cost:
+    """Of that command there; its metrics are in `result.json`, or are what it prints."""
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=directory, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdout
+    said = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall_s, process.returncode = time.monotonic() - began, os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, said
+    result = directory / "result.json"
+    accuracy = json.loads(result.read_text())["metrics"] if result.exists() else json.loads(said)
+    cpu_s = usage.ru_utime + usage.ru_stime
+    return Cost(wall_s, cpu_s, usage.ru_maxrss * 1024 / 1e6, accuracy["accuracy"])
 
 
 def measure() -> dict[str, object]:

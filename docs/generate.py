@@ -292,7 +292,7 @@ def _setting_default(setting: Setting) -> str:
         return "required"
     if setting.default is None:
         return "the task's"
-    return _code(setting.default) if setting.default != "" else "empty"
+    return _code(setting.written) if setting.default != "" else "empty"
 
 
 def _task_defaults(_: str, __: Meanings) -> str:

@@ -16,7 +16,7 @@ from fluffle.broker_commands import broker_group
 from fluffle.chaos_commands import chaos
 from fluffle.command import Asked, Cli, check_target, configurable, emit, json_option
 from fluffle.control_commands import COMMANDS
-from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS
+from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS, SIMULATION_FLAGS
 from fluffle.rejected_commands import rejected
 from fluffle.run_commands import aggregator, initial, worker
 
@@ -47,7 +47,7 @@ def cli(debug: bool) -> None:  # noqa: ARG001, FBT001 - read by Cli.invoke
 
 
 @cli.command()
-@configurable(*COMMON_FLAGS, *FEDERATION_FLAGS)
+@configurable(*COMMON_FLAGS, *FEDERATION_FLAGS, *SIMULATION_FLAGS)
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-dir, with its settings.")
 @click.option("--abandon", metavar="RUN_ID", default="", help="Give up the unfinished run of this name first.")
 @json_option
@@ -145,7 +145,7 @@ def settings() -> None:
     from fluffle.config import settings as all_settings
 
     for setting in all_settings():
-        default = "" if setting.default in (None, "") else f" = {setting.default}"
+        default = "" if setting.default in (None, "") else f" = {setting.written}"
         ways = "  ".join(filter(None, (setting.flag, setting.env)))
         click.echo(f"{setting.name}: {setting.type}{default}\n    {setting.description}\n    {ways}")
     click.echo("\nA task may know further train.* settings.")

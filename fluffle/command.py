@@ -154,7 +154,14 @@ def _parameter(flag: Flag) -> str:
 
 
 def _option(flag: Flag) -> Any:
+    if not flag.metavar:
+        switch = f"{flag.option}/--no-{flag.option[2:]}"
+        return click.option(switch, _parameter(flag), default=None, callback=_as_text, help=flag.help)
     return click.option(flag.option, _parameter(flag), metavar=flag.metavar, help=flag.help)
+
+
+def _as_text(_: click.Context, __: click.Parameter, on: bool | None) -> str | None:  # noqa: FBT001 - a flag
+    return None if on is None else str(on).lower()
 
 
 TASK = click.argument("task", required=False)

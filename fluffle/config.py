@@ -175,6 +175,18 @@ class ProcessSection(Part):
     ] = 120.0
 
 
+class SimulationSection(Part):
+    """How `fluffle simulate` plays the participants. Nobody else looks at it."""
+
+    vectorise: Annotated[
+        bool,
+        Field(
+            description="on the embedded broker, participants train side by side in one pass: quicker, and equal "
+            "within rounding, but not bit for bit what they come to one by one or over RabbitMQ"
+        ),
+    ] = False
+
+
 class SiteSection(Part):
     """Where a worker works. The aggregator and simulations do not look at it."""
 
@@ -242,6 +254,7 @@ class Config(Part):
     strategy: StrategySettings = StrategySettings()
     codec: CodecSettings = CodecSettings()
     train: TrainSection = TrainSection()
+    simulation: SimulationSection = SimulationSection()
     site: SiteSection = SiteSection()
 
     @field_validator("stop")
@@ -301,6 +314,11 @@ class Setting:
     description: str
     env: str
     flag: str
+
+    @property
+    def written(self) -> str:
+        """The default as one would write it."""
+        return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
 
     @property
     def is_text(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """`option` is short for `--set setting=VALUE`."""
+    """`option` is short for `--set setting=VALUE`; a switch has no metavar, and `--no-...` beside it."""
 
     option: str
     setting: str
@@ -31,6 +31,9 @@ COMMON_FLAGS = (
     Flag("--partition", "data.partition", "HOW", "iid, dirichlet:ALPHA, shards:K or natural."),
     Flag("--seed", "run.seed", "N", "Makes data split, initial model and training repeatable."),
 )
+SIMULATION_FLAGS = (
+    Flag("--vectorise", "simulation.vectorise", "", "Train participants side by side; equal within rounding only."),
+)
 BROKER_FLAGS = tuple(flag for flag in FEDERATION_FLAGS if flag.setting in ("broker.url", "broker.secrets"))
 AGGREGATOR_FLAGS = (
     *BROKER_FLAGS,
@@ -51,4 +54,4 @@ SITE_FLAGS = (
 OPERATOR_FLAGS = tuple(
     flag for flag in SITE_FLAGS if flag.setting in ("broker.url", "broker.secrets", "broker.federation")
 )
-FLAGS = (*FEDERATION_FLAGS, *COMMON_FLAGS, *AGGREGATOR_FLAGS, *SITE_FLAGS)
+FLAGS = (*FEDERATION_FLAGS, *COMMON_FLAGS, *SIMULATION_FLAGS, *AGGREGATOR_FLAGS, *SITE_FLAGS)

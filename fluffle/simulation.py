@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -34,10 +35,12 @@ from workers.lane import Lane
 from workers.link import WorkerSettings
 from workers.modules import use_threads
 from workers.partition import Shard, Shares
+from workers.stacked import Unstackable
 from workers.tasks import find_task
-from workers.torch_task import TaskDefinition
+from workers.together import Together
+from workers.torch_task import TaskDefinition, TorchTask
 from workers.trainer import Sizes
-from workers.worker import Site, Worker, always
+from workers.worker import Site, TaskFor, Worker, always
 
 log = structlog.get_logger(__name__)
 
@@ -101,8 +104,12 @@ async def _in_one_process(plan: Plan, display: Display) -> HeadRecord:
     await _set_up(plan.broker, Topology(plan.config.broker.federation))
     thread = Lane("train")
     try:
+        task_for = await _learning_tasks(plan, display, thread)
         async with asyncio.TaskGroup() as group:
-            workers = [_worker(plan, shard, thread) for shard in plan.shares.shards]
+            workers = [
+                _worker(plan, Site(shard.name, task_for(shard.name), MemoryJournal(), thread, plan.store))
+                for shard in plan.shares.shards
+            ]
             for worker in workers:
                 group.create_task(worker.run(), name=worker.participant)
             record = await _aggregator(plan, display).run()
@@ -114,6 +121,8 @@ async def _in_one_process(plan: Plan, display: Display) -> HeadRecord:
 
 
 async def _in_processes(plan: Plan, display: Display, abandon: str) -> HeadRecord:
+    if plan.config.simulation.vectorise:
+        display.on_notice("trained_one_by_one", reason="over RabbitMQ every participant is a process of its own")
     async with crowd(plan.config, [shard.name for shard in plan.shares.shards]):
         return await _aggregator(plan, display, abandon).run()
 
@@ -125,17 +134,40 @@ async def _set_up(broker: Broker, topology: Topology) -> None:
     await connection.close()
 
 
-def _worker(plan: Plan, shard: Shard, thread: Lane) -> Worker:
-    config = plan.config
+async def _learning_tasks(plan: Plan, display: Display, thread: Lane) -> Callable[[str], TaskFor]:
+    """How each participant finds its learning task: its own, or one that trains together with the others'."""
+    tasks = {shard.name: _bound(plan, shard) for shard in plan.shares.shards}
+    if plan.config.simulation.vectorise:
+        try:
+            together = await thread.run(partial(_together, plan.config, plan.definition, tasks))
+            display.on_notice("trained_together", participants=len(tasks), largest_group=together.largest_group)
+            return lambda participant: partial(together.task_for, participant)
+        except Unstackable as unfit:
+            display.on_notice("trained_one_by_one", reason=str(unfit))
+    return lambda participant: always(tasks[participant])
+
+
+def _together(config: Config, definition: TaskDefinition, tasks: Mapping[str, TorchTask]) -> Together:
+    if make_strategy(config.strategy, config.round).wants == "gradient":
+        raise Unstackable(f"strategy {config.strategy.name!r} sums gradients, which are computed one by one")
+    asked = min(config.round.cohort or len(tasks), len(tasks))
+    return Together(tasks, definition.recipe(config.train.chosen()), asked)
+
+
+def _bound(plan: Plan, shard: Shard) -> TorchTask:
     held_out = shard.held_out if len(shard.held_out) else None
     task = plan.definition.bind(shard.train, held_out, shard.name)
     log.info("data_prepared", participant=shard.name, **task.report.to_dict())
+    return task
+
+
+def _worker(plan: Plan, site: Site) -> Worker:
+    config = plan.config
     settings = WorkerSettings(
         heartbeat_s=config.broker.heartbeat_s,
         patience_s=config.broker.patience_s,
         sizes=Sizes(config.broker.inline_bytes, config.broker.chunk_bytes, config.store.part_bytes),
     )
-    site = Site(shard.name, always(task), MemoryJournal(), thread, plan.store)
     return Worker(site, plan.broker, Topology(config.broker.federation), settings)
 
 

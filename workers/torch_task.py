@@ -8,7 +8,7 @@ one torch thread gives the same bits. Dropout draws from torch's generator, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -68,17 +68,18 @@ class TaskDefinition:
 
 
 class TorchTask:
-    """The `LearningTask` of one participant. `report` and `held_out_report` say what preprocessing did."""
+    """The `LearningTask` of one participant: it trains `module`, whatever that holds, on `rows`. `report` and
+    `held_out_report` say what preprocessing did."""
 
     def __init__(
         self, definition: TaskDefinition, train: Dataset | None, held_out: Dataset | None, participant: str
     ) -> None:
         self.definition = definition
         self.name = definition.name
-        self._module = build(definition.model, definition.seed)
-        self._rows, self.report = _rows(train, definition.preprocess)
+        self.module = build(definition.model, definition.seed)
+        self.rows, self.report = _rows(train, definition.preprocess)
         self._held_out, self.held_out_report = _rows(held_out, definition.preprocess)
-        self.num_examples = len(self._rows)
+        self.num_examples = len(self.rows)
         if train is not None and not self.num_examples:
             raise DataError(
                 f"{participant} has no example to train on for task {self.name!r} ({len(train)} rows came in, "
@@ -98,14 +99,17 @@ class TorchTask:
         """
         self._demand_rows()
         chosen = self.definition.recipe(config.settings)
-        load_arrays(self._module, arrays)
-        self._module.train()
+        load_arrays(self.module, arrays)
+        self.module.train()
         with seeded(config.seed):
             if config.wants == "gradient":
                 return self._gradient(chosen)
-            if self._scaler_name() is not None and config.round == STATISTICS_ROUND:
-                return self._statistics()
-            return self._descend(chosen, config)
+            return self._descend(chosen, config) if self.descends(config) else self._statistics()
+
+    def descends(self, config: TrainConfig) -> bool:
+        """Whether that asks for gradient descent, and neither for a gradient nor for statistics."""
+        in_statistics = self._scaler_name() is not None and config.round == STATISTICS_ROUND
+        return config.wants == "delta" and not in_statistics
 
     def evaluate(self, arrays: Arrays) -> Evaluation:
         """Means over the held-out examples: loss (without penalty), and accuracy or mae; and rmse.
@@ -117,8 +121,8 @@ class TorchTask:
                 f"task {self.name!r}: no held-out examples to evaluate on: bind the task with `held_out`, "
                 "or set evaluation.mode = central"
             )
-        load_arrays(self._module, arrays)
-        self._module.eval()
+        load_arrays(self.module, arrays)
+        self.module.eval()
         with torch.inference_mode():
             return Evaluation(self._measure(self._held_out), len(self._held_out))
 
@@ -129,12 +133,21 @@ class TorchTask:
     def _descend(self, chosen: Recipe, config: TrainConfig) -> TrainResult:
         velocity: dict[str, Tensor] = {}
         losses: list[tuple[float, int]] = []
-        for batch in _batches(self.num_examples, chosen, config.seed):
+        for batch in batches(self.num_examples, chosen, config.seed):
             if config.should_stop():
                 raise WorkAbandoned(f"task {self.name!r}: told to stop after {len(losses)} steps")
-            losses.append((self._backward(batch, chosen), len(batch)))
-            _step(self._module, chosen, velocity)
-        arrays = self._finite(arrays_of(self._module), chosen)
+            losses.append((self.backward(batch, chosen), len(batch)))
+            _step(self.module, chosen, velocity)
+        return self.trained(arrays_of(self.module), losses, chosen)
+
+    def trained(self, arrays: Arrays, losses: Sequence[tuple[float, int]], chosen: Recipe) -> TrainResult:
+        """What descent came to; `losses` are each step's mean loss and number of examples. Raises TaskError if
+        something is not finite."""
+        if bad := [loss for loss, _ in losses if not math.isfinite(loss)]:
+            raise self._diverged(f"the loss is {bad[0]}", chosen)
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise self._diverged(f"{name} is not finite", chosen)
         examples = sum(count for _, count in losses)
         loss = math.fsum(loss * count for loss, count in losses) / examples
         return TrainResult(arrays, self.num_examples, {"loss": loss})
@@ -146,41 +159,42 @@ class TorchTask:
                 f"task {self.name!r} standardises with federated statistics, which travel as model arrays and not "
                 "as gradients: use a strategy that sends models (fedavg), or a fixed preprocess.reference"
             )
-        loss = self._backward(torch.arange(self.num_examples), chosen)
-        gradients = {name: np.zeros_like(array) for name, array in views(self._module).items()}
-        for name, parameter in self._module.named_parameters(remove_duplicate=False):
+        loss = self.backward(torch.arange(self.num_examples), chosen)
+        gradients = {name: np.zeros_like(array) for name, array in views(self.module).items()}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if parameter.grad is not None:
                 gradients[name] = parameter.grad.numpy().copy()
         return TrainResult(gradients, self.num_examples, {"loss": loss})
 
     def _statistics(self) -> TrainResult:
         scaler = self._scaler_name()
-        arrays = arrays_of(self._module)
-        for name, moment in local_moments(self._rows.x.numpy(), self._rows.columns).items():
+        arrays = arrays_of(self.module)
+        for name, moment in local_moments(self.rows.x.numpy(), self.rows.columns).items():
             arrays[f"{scaler}{name}"] = moment
-        self._module.eval()
+        self.module.eval()
         with torch.inference_mode():
-            return TrainResult(arrays, self.num_examples, {"loss": self._measure(self._rows)["loss"]})
+            return TrainResult(arrays, self.num_examples, {"loss": self._measure(self.rows)["loss"]})
 
     def _scaler_name(self) -> str | None:
         """What the federated statistics' names begin with (`scaler.`); None if the model has none."""
-        for name, module in self._module.named_modules():
+        for name, module in self.module.named_modules():
             if isinstance(module, FederatedScaler):
                 return f"{name}." if name else ""
         return None
 
-    def _backward(self, batch: Tensor, chosen: Recipe) -> float:
-        """Leaves the gradient of the mean loss over these examples, with the penalty's; returns that loss."""
-        self._module.zero_grad()
+    def backward(self, batch: Tensor, chosen: Recipe) -> float:
+        """Leaves the gradient of the mean loss over these examples, with the penalty's, in the module; returns
+        that loss. Raises TaskError if it is not finite."""
+        self.module.zero_grad()
         total = 0.0
         for chunk in torch.split(batch, CHUNK_ROWS):
-            _, loss = self._forward(self._rows.x[chunk], self._rows.y[chunk])
+            _, loss = self._forward(self.rows.x[chunk], self.rows.y[chunk])
             share = loss * (len(chunk) / len(batch))
             share.backward()  # type: ignore[no-untyped-call]
             total += share.item()
         if not math.isfinite(total):
             raise self._diverged(f"the loss is {total}", chosen)
-        _add_penalty(self._module, chosen.l2)
+        _add_penalty(self.module, chosen.l2)
         return total
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +202,7 @@ class TorchTask:
         chosen = self.definition.loss
         function = LOSSES[chosen] if isinstance(chosen, str) else chosen
         with self._failures_named(x, y):
-            outputs = self._module(x)
+            outputs = self.module(x)
             loss = function(outputs, y)
             if loss.ndim:
                 raise ValueError(f"the loss has shape {tuple(loss.shape)}, but must be a scalar: return its mean")
@@ -217,12 +231,6 @@ class TorchTask:
         if bad := [name for name, value in means.items() if not math.isfinite(value)]:
             raise TaskError(f"task {self.name!r}: {', '.join(bad)} not finite: the model diverged, lower train.lr")
         return means
-
-    def _finite(self, arrays: Arrays, chosen: Recipe) -> Arrays:
-        for name, array in arrays.items():
-            if not np.isfinite(array).all():
-                raise self._diverged(f"{name} is not finite", chosen)
-        return arrays
 
     def _diverged(self, what: str, chosen: Recipe) -> TaskError:
         return TaskError(
@@ -271,7 +279,7 @@ LOSSES: Mapping[str, Loss] = {"cross-entropy": _cross_entropy, "mse": _mse}
 METRICS: Mapping[str, Callable[[Tensor, Tensor], dict[str, float]]] = {"accuracy": _accuracy, "rmse": _errors}
 
 
-def _batches(examples: int, chosen: Recipe, seed: int) -> Iterator[Tensor]:
+def batches(examples: int, chosen: Recipe, seed: int) -> Iterator[Tensor]:
     """Indices of each step's examples: shuffled anew each local epoch, or all in order for a full batch."""
     rng = np.random.default_rng(seed)
     size = chosen.batch_size or examples

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 from yarl import URL
 
 from broker.errors import ConfigError, TaskError
 from fluffle import simulate
 from fluffle.config import from_values, load_config
 from fluffle.crowd import check_credentials
+from fluffle.logs import configure_logs
 from tests.rabbit_node import PARTICIPANTS, Rabbit, password
 
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(240)]
@@ -36,7 +38,13 @@ def over(rabbit: Rabbit, secrets: Path) -> dict[str, str]:
 
 def test_the_bits_are_those_of_one_process(rabbit: Rabbit, secrets: Path, tmp_path: Path) -> None:
     alone = simulate("digits", {**RUN, "run.dir": str(tmp_path / "alone")})
-    spread = simulate("digits", {**RUN, **over(rabbit, secrets), "run.dir": str(tmp_path / "spread")})
+    settings = {**RUN, **over(rabbit, secrets), "simulation.vectorise": True}  # which only one process can
+    configure_logs("info")
+    with capture_logs() as told:
+        spread = simulate("digits", {**settings, "run.dir": str(tmp_path / "spread")})
+    assert [line["reason"] for line in told if line["event"] == "trained_one_by_one"] == [
+        "over RabbitMQ every participant is a process of its own"
+    ]
     assert spread.summary["model_sha256"] == alone.summary["model_sha256"]
     assert spread.summary["updates"] == alone.summary["updates"]
     logs = list((tmp_path / "spread" / "workers").glob("*/*.log"))

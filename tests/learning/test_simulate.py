@@ -75,7 +75,7 @@ def gradient_descent(steps: int, lr: float) -> tuple[Arrays, list[float]]:
     """Plain torch on all training data of `digits`: the arrays after, and the loss before each step."""
     definition = find_task("digits")
     task = definition.bind(share_out(load_data(definition), Plan(6)).train)
-    x, y = task._rows.x, task._rows.y
+    x, y = task.rows.x, task.rows.y
     module = definition.model()
     module.load_state_dict({name: torch.from_numpy(value) for name, value in task.initial().items()})
     losses = []

@@ -168,6 +168,21 @@ def test_settings_come_from_file_environment_and_flags(
     assert (chosen["lr"], chosen["l2"], simulation.config.stop.rounds) == (0.3, 0.4, 5)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"), [((), True), (("--vectorise",), True), (("--no-vectorise",), False)]
+)
+def test_a_switch_wins_over_the_environment(
+    simulation: Simulation,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    expected: bool,
+) -> None:
+    monkeypatch.setenv("FLUFFLE_SIMULATION_VECTORISE", "true")
+    assert fluffle("simulate", "digits", *flags).exit_code == 0
+    assert simulation.config is not None
+    assert simulation.config.simulation.vectorise is expected
+
+
 def test_data_with_a_few_owners_stays_with_them(simulation: Simulation) -> None:
     assert fluffle("simulate", "heart").exit_code == 0
     assert simulation.config is not None

@@ -52,7 +52,7 @@ def test_every_setting_is_reachable_in_every_way(tmp_path: Path) -> None:
     values |= {"stop.target_metric": "loss:1", "broker.url": "amqp://localhost", "run.id": "x", "run.dir": "y"}
     values |= {"train.momentum": "0.5", "site.http": "localhost:1", "store.url": "s3://bucket/prefix"}
     for setting in settings():
-        default = "1" if setting.default is None else str(setting.default)
+        default = "1" if setting.default is None else setting.written
         text = values.get(setting.name, default or "word")
         by_env = load_config(DIGITS, from_environment({setting.env: text}))
         by_set = load_config(DIGITS, from_flags({}, [f"{setting.name}={text}"]))
