@@ -91,7 +91,7 @@ class Plan:
         run, model = self.run, self.initial()
         strategy = make_strategy(run.strategy, run.round)
         for number in range(1, self.rounds + 1):
-            strategy.start(model)
+            strategy.start(model, strategy.state)
             for name in names(self.participants):
                 trained = Drift(name, "").train(model, TrainConfig(number, seed=0))
                 delta = np.subtract(trained.arrays["w"], model["w"])

@@ -39,7 +39,7 @@ def expected(load: Load) -> str:
     run, model = load.run, load.initial()
     strategy = make_strategy(run.strategy, run.round)
     for number in range(1, run.stop.rounds + 1):
-        strategy.start(model)
+        strategy.start(model, strategy.state)
         for name in load.names:
             trained = Drift(name, "").train(model, TrainConfig(number, seed=0))
             deltas = {key: np.subtract(values, model[key]) for key, values in trained.arrays.items()}

@@ -212,6 +212,7 @@ def _topology(_: str, meanings: Meanings) -> str:
         *names.operator_declarations("nonce"),
         *names.outbox_declarations("p", MIB),
         *names.model_declarations("run", MIB),
+        *names.state_declarations("run", MIB),
     ]
     bound = [thing for thing in declared if isinstance(thing, Binding)]
     things = [(_public(thing.name), thing) for thing in declared if not isinstance(thing, Binding)]
@@ -248,6 +249,7 @@ def _public(name: str) -> str:
     return (
         re.sub(r"(?<=\.)p$|^p(?=\.|$)", "<p>", marked)
         .replace("model.run", "model.<run>")
+        .replace("state.run", "state.<run>")
         .replace("operator.nonce", "operator.<nonce>")
     )
 

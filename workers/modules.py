@@ -52,6 +52,18 @@ def arrays_of(module: nn.Module) -> Arrays:
     return {name: view.copy() for name, view in views(module).items()}
 
 
+def buffer_names(module: nn.Module) -> list[str]:
+    """What is no parameter: `running_mean` once for all layers, a whole name where a parameter ends like that."""
+    learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    endings = {_ending(name) for name in learned}
+    others = [name for name in module.state_dict() if name not in learned]
+    return sorted({name if _ending(name) in endings else _ending(name) for name in others})
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def load_arrays(module: nn.Module, arrays: Arrays) -> None:
     """Copies the arrays into the module. Raises TaskError unless names, shapes and dtypes are the module's."""
     targets = views(module)
