@@ -114,8 +114,8 @@ class StrategySettings(Part):
         float,
         Field(
             ge=0,
-            description="step size at the aggregator; 0: the strategy's own (1; `fedadagrad`, `fedadam` and "
-            "`fedyogi` 0.01; `diloco` 0.7)",
+            description="step size at the aggregator; 0: the strategy's own (1; `fedadagrad` 0.1, `fedadam` "
+            "and `fedyogi` 0.03; `diloco` 0.7)",
         ),
     ] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1, description="of `fedavgm` and `diloco`")] = 0.9
@@ -134,14 +134,14 @@ class StrategySettings(Part):
     buffers: Annotated[
         Text,
         Field(
-            description="tensors that are averaged plainly, by name or by what stands behind its last dot; a "
-            "task's own buffers if its code is at hand"
+            description="names of tensors that are averaged plainly, `*` stands for anything; by default a task's "
+            "own buffers if its code is at hand"
         ),
-    ] = "running_mean,running_var,num_batches_tracked"
+    ] = "*running_mean,*running_var,*num_batches_tracked"
 
     @property
-    def buffer_names(self) -> frozenset[str]:
-        """The names in `buffers`."""
+    def buffer_patterns(self) -> frozenset[str]:
+        """What is in `buffers`, one by one."""
         return frozenset(name.strip() for name in self.buffers.split(",")) - {""}
 
 

@@ -16,7 +16,7 @@ from broker.errors import BadMessage, StateError
 from fluffle.config import Config
 from workers.assignment import load_data
 from workers.data import Dataset, split
-from workers.modules import buffer_names, build
+from workers.modules import buffer_patterns, build
 from workers.partition import Plan, Shares, share_out
 from workers.preprocess import prepare
 from workers.task import Arrays, Evaluation, Scalar
@@ -43,7 +43,7 @@ def task_defaults(name: str) -> dict[str, Scalar]:
     """
     definition = find_task(name)
     own: dict[str, Scalar] = {f"train.{key}": value for key, value in definition.defaults.items()}
-    if buffers := buffer_names(build(definition.model, definition.seed)):
+    if buffers := buffer_patterns(build(definition.model, definition.seed)):
         own["strategy.buffers"] = ",".join(buffers)
     group = load_data(definition).group
     owners = 0 if group is None else len(np.unique(group))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -52,16 +52,17 @@ def arrays_of(module: nn.Module) -> Arrays:
     return {name: view.copy() for name, view in views(module).items()}
 
 
-def buffer_names(module: nn.Module) -> list[str]:
-    """What is no parameter: `running_mean` once for all layers, a whole name where a parameter ends like that."""
+def buffer_patterns(module: nn.Module) -> list[str]:
+    """Patterns for what is no parameter: `*.running_mean` for all layers; a name where a parameter ends alike."""
     learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    endings = {_ending(name) for name in learned}
     others = [name for name in module.state_dict() if name not in learned]
-    return sorted({name if _ending(name) in endings else _ending(name) for name in others})
+    return sorted({_pattern(name, learned) for name in others})
 
 
-def _ending(name: str) -> str:
-    return name.rpartition(".")[2]
+def _pattern(name: str, learned: Collection[str]) -> str:
+    _, dot, ending = name.rpartition(".")
+    taken = not dot or any(parameter.endswith(dot + ending) for parameter in learned)
+    return name if taken else f"*.{ending}"
 
 
 def load_arrays(module: nn.Module, arrays: Arrays) -> None:

@@ -51,28 +51,28 @@ Make = Callable[[FixedPointSum, StrategySettings], Strategy]
 
 
 def _averaging(make: Callable[[FixedPointSum, float, Collection[str]], Strategy]) -> Make:
-    return lambda total, chosen: make(total, chosen.server_lr or 1.0, chosen.buffer_names)
+    return lambda total, chosen: make(total, chosen.server_lr or 1.0, chosen.buffer_patterns)
 
 
 def _optimising(rule: Callable[[StrategySettings], Rule]) -> Make:
-    return lambda total, chosen: ServerOptimiser(total, rule(chosen), chosen.buffer_names)
+    return lambda total, chosen: ServerOptimiser(total, rule(chosen), chosen.buffer_patterns)
 
 
-def _adaptive(next_v: NextV) -> Make:
-    return _optimising(lambda s: Adaptive(next_v, s.server_lr or 0.01, s.beta_1, s.beta_2, s.tau))
+def _adaptive(next_v: NextV, server_lr: float) -> Make:
+    return _optimising(lambda s: Adaptive(next_v, s.server_lr or server_lr, s.beta_1, s.beta_2, s.tau))
 
 
 def _fednova(total: FixedPointSum, chosen: StrategySettings) -> Strategy:
-    return FedNova(total, chosen.server_lr or 1.0, chosen.steps_max, chosen.buffer_names)
+    return FedNova(total, chosen.server_lr or 1.0, chosen.steps_max, chosen.buffer_patterns)
 
 
 STRATEGIES: dict[str, Make] = {
     "fedavg": _averaging(FedAvg),
     "fedsgd": _averaging(FedSGD),
     "fedavgm": _optimising(lambda s: FedAvgM(s.server_lr or 1.0, s.momentum)),
-    "fedadagrad": _adaptive(adagrad),
-    "fedadam": _adaptive(adam),
-    "fedyogi": _adaptive(yogi),
+    "fedadagrad": _adaptive(adagrad, 0.1),
+    "fedadam": _adaptive(adam, 0.03),
+    "fedyogi": _adaptive(yogi, 0.03),
     "fednova": _fednova,
     "diloco": _optimising(lambda s: DiLoCo(s.server_lr or 0.7, s.momentum)),
 }

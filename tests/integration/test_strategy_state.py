@@ -13,7 +13,7 @@ import pytest
 from aggregator.archive import Archive
 from aggregator.checkpoints import Checkpoints
 from aggregator.settings import RunSettings
-from broker.errors import ModelMissing, StateError
+from broker.errors import ModelMissing, StateError, TaskError
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
 from broker.objects import Folder
@@ -158,3 +158,12 @@ async def test_another_strategys_state_is_refused_and_one_without_drops_it(tmp_p
     assert digests(await federation(tmp_path).run(yogi, from_checkpoint=True))  # it has the same moments
     plain = await federation(tmp_path).run(settings(3, 4), from_checkpoint=True)
     assert plain.state is None
+
+
+async def test_with_fednova_an_update_that_tells_no_steps_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    """`Pull` tells none. Nobody is left to wait for, so the run ends and says why."""
+    with pytest.raises(ExceptionGroup) as failures:
+        await federation(tmp_path).run(settings(3, 2, strategy={"name": "fednova"}))
+    [failure] = failures.value.exceptions
+    assert isinstance(failure, TaskError)
+    assert re.search(r"fednova takes 1 to 10000: .*TrainResult\.effective_steps", str(failure))
