@@ -20,6 +20,7 @@ from broker.objects import Folder
 from broker.store import Store
 from broker.topology import AGGREGATOR, Topology
 from tests.federation import Federation, names, settings
+from tests.rabbit_node import Rabbit
 from workers.trainer import Sizes
 
 ADAM = {"strategy": {"name": "fedadam"}}
@@ -141,6 +142,17 @@ async def test_a_leader_without_state_hands_on_the_lead_and_names_the_remedy(tmp
     with pytest.raises(ModelMissing, match=r"strategy's state \w+ is neither on the broker nor .* start one where"):
         await joined.aggregator(STREAM)._lead_once(archive)
     await archive.close()
+
+
+@pytest.mark.xdist_group("rabbitmq")
+async def test_over_rabbitmq_a_new_leader_goes_on_with_the_same_bits(
+    rabbit: Rabbit, whole: list[str], tmp_path: Path
+) -> None:
+    sizes = Sizes(inline_bytes=0)
+    joined = Federation(rabbit.broker(), tmp_path / "one", names(3), 600, 0.2, sizes, rabbit.topology())
+    await lead_two_rounds(joined)
+    joined.directory = tmp_path / "another"  # so state and model come from the broker
+    assert digests(await joined.run(STREAM)) == whole
 
 
 async def test_a_run_without_state_is_told_of_none(tmp_path: Path) -> None:
