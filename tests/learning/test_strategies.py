@@ -65,13 +65,17 @@ ROUNDS = [
 ROUNDS_OF = RoundSettings(participants=3, max_examples=MOST)
 
 
+def give(strategy: Strategy, one: Sent) -> None:
+    strategy.add(one.arrays, one.examples, effective_steps=one.steps)
+
+
 def after_each_round(strategy: Strategy, rounds: Sequence[Sequence[Sent]] = ROUNDS) -> list[Arrays]:
     """The model after each round; state goes as bytes from one to the next, as in the head record."""
     current, state, models = model(), tensors.encode({}), []
     for round_ in rounds:
         strategy.start(current, tensors.decode(state))
-        for arrays, examples, steps in round_:
-            strategy.add(arrays, examples, steps)
+        for one in round_:
+            give(strategy, one)
         current = strategy.finish()
         state = tensors.encode(strategy.state)
         models.append(current)
@@ -305,7 +309,7 @@ class Nova(FedNova):
         self.number += 1
 
     def add(self, arrays: Arrays, weight: int, effective_steps: float = 0.0) -> None:
-        super().add(arrays, weight, self.told(effective_steps))
+        super().add(arrays, weight, effective_steps=self.told(effective_steps))
 
     def finish(self, out: Arrays | None = None) -> Arrays:
         if self.tau is not None:
@@ -394,8 +398,8 @@ def test_in_place_of_model_and_state_comes_the_same(name: str) -> None:
     strategy, current, state = named(name), model(), {}
     for number, round_ in enumerate(ROUNDS):
         strategy.start(current, state)
-        for arrays, examples, steps in round_:
-            strategy.add(arrays, examples, steps)
+        for one in round_:
+            give(strategy, one)
         strategy.finish(current)
         assert number == 0 or not state or strategy.state is state
         state = strategy.state
@@ -408,7 +412,7 @@ def test_a_state_that_may_not_be_overwritten_is_copied() -> None:
     after_each_round(strategy)
     kept = tensors.encode(strategy.state)
     strategy.start(model(), tensors.decode(kept))
-    strategy.add(*ROUNDS[0][0])
+    give(strategy, ROUNDS[0][0])
     strategy.finish()
     assert tensors.encode(strategy.state) != kept
 
@@ -454,9 +458,9 @@ def test_fednova_refuses_steps_that_nobody_can_have_made(steps: float) -> None:
     strategy = named("fednova", steps_max=1000.0)
     strategy.start(model(), {})
     with pytest.raises(BadMessage, match=r"fednova takes 1 to 1000: .*TrainResult.effective_steps"):
-        strategy.add(ROUNDS[0][0].arrays, 10, steps)
+        give(strategy, ROUNDS[0][0]._replace(steps=steps))
     good = ROUNDS[0][1]
-    strategy.add(*good)
+    give(strategy, good)
     np.testing.assert_allclose(strategy.finish()["w"], model()["w"] + good.arrays["w"], atol=1e-6)
 
 
@@ -469,7 +473,7 @@ def test_fednova_comes_to_the_joint_optimum_where_fedavg_follows_the_busiest() -
         for _ in range(400):
             strategy.start(x, state)
             for target, k in zip(targets, steps, strict=True):
-                strategy.add({"w": (1 - (1 - rate) ** k) * (target - x["w"])}, 10, float(k))
+                give(strategy, Sent({"w": (1 - (1 - rate) ** k) * (target - x["w"])}, 10, float(k)))
             x = strategy.finish()
         return float(x["w"][0])
 
