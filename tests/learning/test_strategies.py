@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from aggregator.settings import RoundSettings, StrategySettings
 from aggregator.strategies import STRATEGIES, Strategy, make_strategy
 from aggregator.strategies.adaptive import adam, yogi
+from aggregator.strategies.fedavg import FedAvg
 from aggregator.strategies.fednova import FedNova
 from aggregator.strategies.optimiser import Block, ServerOptimiser
 from aggregator.sums import FixedPointSum
@@ -91,6 +92,14 @@ def means(round_: Sequence[Sent], name: str) -> Vector:
 # -- the papers, in a few lines each ------------------------------------------------------------------------------
 
 
+def fedavg(eta: float = 1.0) -> list[Vector]:
+    x, out = model()["w"], []
+    for round_ in ROUNDS:
+        x = x + eta * means(round_, "w")
+        out.append(x)
+    return out
+
+
 def fedavgm(eta: float = 1.0, beta: float = 0.9) -> list[Vector]:
     x, v, out = model()["w"], np.zeros(4), []
     for round_ in ROUNDS:
@@ -144,6 +153,8 @@ def fednova(eta: float = 1.0) -> list[Vector]:
 
 
 EXPECTED: dict[str, list[Vector]] = {
+    "fedavg": fedavg(),
+    "fedsgd": fedavg(-1.0),
     "fedavgm": fedavgm(),
     "fedadagrad": adaptive("fedadagrad", 0.1),
     "fedadam": adaptive("fedadam"),
@@ -325,7 +336,24 @@ def unweighted(round_: Sequence[Sent]) -> float:
     return float(np.mean([s.steps for s in round_]))
 
 
+class OneVoteEach(FedAvg):
+    def add(self, arrays: Arrays, weight: int, effective_steps: float = 0.0) -> None:
+        super().add(arrays, 1, effective_steps=effective_steps)
+
+
+class NoCounters(FedAvg):
+    """Leaves integers as they were."""
+
+    def finish(self, out: Arrays | None = None) -> Arrays:
+        return {**super().finish(out), "bn.num_batches_tracked": self._model["bn.num_batches_tracked"]}
+
+
 MISTAKES: list[tuple[str, str, Callable[[], Strategy]]] = [
+    ("fedavg", "planned cohort", lambda: FedAvg(Planned(MOST, CAP), 1.0)),
+    ("fedavg", "not weighted", lambda: OneVoteEach(total(), 1.0)),
+    ("fedavg", "integers dropped", lambda: NoCounters(total(), 1.0)),
+    ("fedavg", "buffers moved by server_lr", lambda: FedAvg(total(), 2.0)),
+    ("fedsgd", "wrong sign", lambda: FedAvg(total(), 1.0)),
     ("fedadam", "bias correction", lambda: optimiser(bias_corrected, 0.0, 1e-6)),
     ("fedadam", "bias correction, v from 0", lambda: optimiser(bias_corrected, 0.0, 0.0)),
     ("fedadam", "v from 0", lambda: optimiser(right, 0.0, 0.0)),
@@ -369,6 +397,7 @@ def test_a_mistake_is_caught(name: str, make: Callable[[], Strategy]) -> None:
 
 
 def test_the_copies_are_right_but_for_their_mistakes() -> None:
+    check(FedAvg(total(), 1.0), EXPECTED["fedavg"])
     check(optimiser(right, 0.0, 1e-6), EXPECTED["fedadam"])
     check(optimiser(momentum(1.0), 0.0), EXPECTED["fedavgm"])
     check(optimiser(nesterov(1), 0.0), EXPECTED["diloco"])
