@@ -36,7 +36,7 @@ class Archive:
         self.history = History(directory / "history.sqlite")
         self.poison = Poison(directory)
         self._behind_s = behind_s
-        self._kept: dict[str, Buffer] = {}  # models that are not on the disk yet
+        self._kept: dict[str, Buffer] = {}  # models and states that are not on the disk yet
         self._lines: list[HeadRecord] = []  # records that the history does not know yet
         self._pages: dict[str, HeadRecord] = {}  # the newest record, and that of the best model, by model
         self._history_task: asyncio.Task[None] | None = None
@@ -60,7 +60,7 @@ class Archive:
         return await asyncio.to_thread(self.checkpoints.load, sha256)
 
     async def newest(self) -> HeadRecord | None:
-        """The newest committed record whose model is here."""
+        """The newest committed record whose model and state are here."""
         return await asyncio.to_thread(self.checkpoints.newest)
 
     async def rewind(self, record: HeadRecord) -> None:
@@ -75,10 +75,11 @@ class Archive:
         self._check()
         self._lines.append(record)
         wanted = {model.sha256 for model in (record.model, record.best) if model is not None}
-        self._kept = {sha256: blob for sha256, blob in self._kept.items() if sha256 in wanted}
         if record.model is not None:
             self._pages[record.model.sha256] = record
         self._pages = {sha256: page for sha256, page in self._pages.items() if sha256 in wanted}
+        wanted.update(body.sha256 for page in (record, *self._pages.values()) for body in page.bodies)
+        self._kept = {sha256: blob for sha256, blob in self._kept.items() if sha256 in wanted}
         if _is_over(self._history_task):
             self._history_task = asyncio.create_task(self._write_history(), name="history")
         if _is_over(self._checkpoint_task):
@@ -136,9 +137,10 @@ class Archive:
         self._check()
 
     def _write_pages(self, pages: Mapping[str, HeadRecord], newest: HeadRecord, kept: Mapping[str, Buffer]) -> None:
-        for sha256, record in pages.items():
-            if sha256 in kept:
-                self.checkpoints.store(sha256, kept[sha256])
+        for record in pages.values():
+            for body in record.bodies:
+                if body.sha256 in kept:
+                    self.checkpoints.store(body.sha256, kept[body.sha256])
             self.checkpoints.describe(record)
         self.checkpoints.prune({newest.best.sha256} if newest.best else ())
 

@@ -55,12 +55,12 @@ class Checkpoints:
                 _write(path, blob)
 
     def describe(self, record: HeadRecord) -> None:
-        """Writes the manifest of the record's version, unless its model is not here.
+        """Writes the manifest of the record's version, unless its model or its strategy's state is not here.
 
         Raises StateError if what is stored is no model. The manifest of a record of higher rank stays.
         """
-        if record.model is None or not self.path(record.model.sha256).exists():
-            log.warning("checkpoint_skipped", version=record.version, reason="its model is not stored here")
+        if record.model is None or not all(self.path(body.sha256).exists() for body in record.bodies):
+            log.warning("checkpoint_skipped", version=record.version, reason="it is not stored here whole")
             return
         path = self.directory / f"v{record.version:06d}.json"
         present = self._record(path) if path.exists() else None
@@ -82,9 +82,9 @@ class Checkpoints:
         return blob
 
     def newest(self) -> HeadRecord | None:
-        """The record of highest rank whose model is whole. Damaged ones are reported and skipped."""
+        """The record of highest rank that is whole, with model and state. Damaged ones are reported and skipped."""
         records = sorted(self._records().values(), key=lambda record: record.rank, reverse=True)
-        return next((record for record in records if record.model and self._verified(record.model.sha256)), None)
+        return next((record for record in records if record.model and self._is_whole(record)), None)
 
     def prune(self, keep: Collection[str] = ()) -> None:
         """Deletes all but the newest few manifests and those of `keep`, with the files that only those name.
@@ -125,6 +125,9 @@ class Checkpoints:
             log.error("checkpoint_manifest_damaged", file=str(path), error=str(error)[:200])
             return None
 
+    def _is_whole(self, record: HeadRecord) -> bool:
+        return all(self._verified(body.sha256) for body in record.bodies)
+
     def _verified(self, sha256: str) -> bool:
         path = self.path(sha256)
         if not path.exists():
@@ -164,6 +167,7 @@ def _manifest(record: HeadRecord, model: Where, tensors: list[dict[str, Any]]) -
         "size_bytes": model.size_bytes,
         "sha256": model.sha256,
         "tensors": tensors,
+        "state_file": f"{record.state.sha256}{MODEL_SUFFIX}" if record.state else None,
         "head": record.model_dump(mode="json"),
     }
 
@@ -192,7 +196,7 @@ def _age_s(path: Path) -> float:
 
 
 def _digests(record: HeadRecord) -> set[str]:
-    return {where.sha256 for where in (record.model, record.state) if where}
+    return {body.sha256 for body in record.bodies}
 
 
 def _write(path: Path, blob: Buffer) -> None:

@@ -12,6 +12,7 @@ import secrets
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import structlog
 
 from aggregator import control, plan, status
@@ -24,7 +25,7 @@ from aggregator.judge import judge, weight_of
 from aggregator.lead import Lead
 from aggregator.ledger import Ledger, weighted_means
 from aggregator.marks import marked
-from aggregator.models import Models
+from aggregator.models import Bodies, Models
 from aggregator.pace import grown
 from aggregator.progress import best_of, evaluation_due, why_finished
 from aggregator.quota import Quotas
@@ -158,6 +159,8 @@ class Term:
         self.quotas = Quotas(settings.broker.quota_per_s)
         self.blob: tensors.Buffer = lead.payload
         self.model: tensors.Arrays = {}
+        self.state_blob: tensors.Buffer = b""
+        self.state: tensors.Arrays = {}
         self.round: Round | None = None
         self.removed: set[str] = set()  # as of the message that is read
         self.arrived_s: dict[str, float] = {}  # after the round was opened
@@ -227,8 +230,11 @@ class Term:
     async def _take_over(self) -> None:
         self.began = self.around.clock()
         takeover = Takeover(self.job, self.lead, self.topology, self.archive, self.models)
-        self.blob, reading = await takeover.take_over(self.began)
-        self.model = tensors.decode(self.blob)
+        bodies, reading = await takeover.take_over(self.began)
+        self.blob, self.model = bodies.model, tensors.decode(bodies.model)
+        self._take_state(bodies.state)
+        if self.state:  # another strategy's is refused before anybody is asked
+            self.strategy.start(self.model, self.state)
         await asyncio.to_thread(self.archive.poison.count, self.head.run_id)
         self.archive.note(self.head)  # the leader before may have died before it could
         self.registry = Registry(self.head.members, self.began, self.settings.broker.liveness_s)
@@ -248,7 +254,7 @@ class Term:
         self.arrived_s.clear()
         self.removed = set(control.removed_at_offset(self.head))
         if self.round and self.round.open.work == "train":
-            self.strategy.start(self.model)
+            self.strategy.start(self.model, self.state)
 
     def _wait_s(self) -> float:
         until = self.round.open.deadline if self.round else self.began + self.settings.round.deadline_s
@@ -346,7 +352,7 @@ class Term:
         arrays = await self.intake.arrays(update, payload, self.model, len(self.blob))
         if update.body and update.body.where != "inline":
             self.bytes_up += update.body.size_bytes
-        await off_loop(len(self.blob), self.strategy.add, arrays, weight)
+        await off_loop(len(self.blob), self.strategy.add, arrays, weight, update.effective_steps)
         return weight
 
     async def _refuse(self, delivery: Delivery, message: Message | None, bad: BadMessage) -> None:
@@ -493,14 +499,17 @@ class Term:
         else:
             self.blob = await off_loop(len(self.blob), self._combine)
         self.model = tensors.decode(self.blob)
+        self._take_state(await off_loop(len(self.blob), self._next_state))
         where = await self.models.put(record.run_id, self.blob)
+        state = await self.models.put_state(record.run_id, self.state_blob)
         way = await self._way(record, step)
         metrics = dict(record.metrics)
         if evaluation_due(self.settings, "central", record.round):
             metrics |= await self.job.measure(self.model, self.around.on_notice)
         return record.with_(
-            version=record.version + 1, model=where, previous=record.model, difference=way, metrics=metrics
-        )
+            version=record.version + 1, model=where, state=state, previous=record.model, difference=way,
+            metrics=metrics,
+        )  # fmt: skip
 
     def _combine_stepwise(self) -> tuple[tensors.Buffer, tensors.Buffer]:
         """The version to commit, and its difference to the one before, which stays as it is."""
@@ -517,12 +526,27 @@ class Term:
     def _combine(self) -> tensors.Buffer:
         """The new model. A large one takes the place of the old one, unless somebody else still looks at that: if
         it is not committed, whoever leads next reads the old one from the broker or the disk."""
-        store, behind_s = self.around.store, self.around.behind_s
-        shared = behind_s or (store is not None and store.hands_over)
-        alone = len(self.blob) > self.settings.broker.inline_bytes and not shared
-        blob = self.blob if alone and not memoryview(self.blob).readonly else bytearray(self.blob)
+        blob = self.blob if self._is_ours(self.blob) else bytearray(self.blob)
         self.strategy.finish(tensors.decode(blob, writable=True))
         return blob
+
+    def _is_ours(self, blob: tensors.Buffer) -> bool:
+        """Whether nobody else looks at these bytes, so that the next version's may take their place."""
+        store = self.around.store
+        shared = self.around.behind_s or (store is not None and store.hands_over)
+        return len(blob) > self.settings.broker.inline_bytes and not shared and not memoryview(blob).readonly
+
+    def _take_state(self, blob: tensors.Buffer) -> None:
+        """The strategy goes on from these bytes, and may overwrite them if nobody else looks at them."""
+        self.state_blob = blob
+        self.state = tensors.decode(blob, writable=self._is_ours(blob)) if blob else {}
+
+    def _next_state(self) -> tensors.Buffer:
+        """The bytes of the strategy's state after `finish`; the same buffer if it wrote over the old one."""
+        state = self.strategy.state
+        if not state or state is self.state:
+            return self.state_blob if state else b""
+        return tensors.encode_each(state, lambda name, out: np.copyto(out, state[name]))
 
     async def _reopen(self, current: Round, record: HeadRecord) -> None:
         """Changes who is asked, or until when; what was accepted stays, for the record's offset stays too."""
@@ -563,7 +587,7 @@ class Term:
 
     async def _commit(self, record: HeadRecord) -> None:
         await self.archive.keep_up()
-        await commit(self.lead, record, self.blob)
+        await commit(self.lead, record, Bodies(self.blob, self.state_blob))
         self.refresh_at = self.around.clock() + self.settings.broker.refresh_s
 
     def _note(self, event: str, **fields: object) -> None:

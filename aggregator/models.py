@@ -1,6 +1,9 @@
-"""Where bodies of global models go, and where a leader gets them from."""
+"""Where bodies of global models and of strategies' states go, and where a leader gets them from."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import structlog
 
@@ -13,10 +16,18 @@ from broker.offload import off_loop
 from broker.payloads import PREFETCH, Address, Assembly, collect, describe, upload, verify
 from broker.tensors import Buffer
 from broker.topology import AGGREGATOR
-from broker.transport import Inbox
+from broker.transport import Inbox, Stream
 from broker.wire import decode
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Bodies:
+    """What a version consists of: the global model, and the strategy's state, which is empty if it has none."""
+
+    model: Buffer
+    state: Buffer = b""
 
 
 class Models:
@@ -37,16 +48,24 @@ class Models:
         self._archive = archive
 
     async def put(self, run_id: str, blob: Buffer) -> Where:
-        """Puts a body on the disk, and where others find it, before it is named; unless the record itself carries
+        """Puts a model on the disk, and where others find it, before it is named; unless the record itself carries
         it."""
+        return await self._put(run_id, blob, self._topology.model_declarations(run_id, len(blob)))
+
+    async def put_state(self, run_id: str, blob: Buffer) -> Where | None:
+        """As `put`, for what outlives a round beside the model. No state goes nowhere."""
+        if not blob:
+            return None
+        return await self._put(run_id, blob, self._topology.state_declarations(run_id, len(blob)))
+
+    async def _put(self, run_id: str, blob: Buffer, stream: Sequence[Stream]) -> Where:
         where = await off_loop(len(blob), self._describe, blob)
         if where.where == "inline":
             self._archive.keep(where.sha256, blob)
             return where
         if where.where == "stream":
-            stream = self._topology.model(run_id)
-            await self._writer.declare(*self._topology.model_declarations(run_id, where.size_bytes))
-            where = await self._put_chunks(stream, where, blob)
+            await self._writer.declare(*stream)
+            where = await self._put_chunks(stream[0].name, where, blob)
         else:
             await self.put_again(run_id, where, blob)
         await self._archive.store(where.sha256, blob)
@@ -69,26 +88,25 @@ class Models:
         if where is not None and where.where == "url" and self._store is not None:
             await self._store.upload(self._topology.model_place(run_id), where, blob)
 
-    async def forget(self, old: HeadRecord, new: Where) -> None:
-        """Deletes the models of a run that is over."""
-        if old.model is not None and old.model.stream not in ("", new.stream):
-            await self._writer.delete(old.model.stream)
+    async def forget(self, old: HeadRecord, new: HeadRecord) -> None:
+        """Deletes the models of a run that is over, and its strategy's state."""
+        for stream in {body.stream for body in old.bodies} - {body.stream for body in new.bodies} - {""}:
+            await self._writer.delete(stream)
         if old.model is not None and old.model.where == "url" and self._store is not None:
             await self._store.delete(self._topology.model_place(old.run_id))
 
-    async def get(self, run_id: str, where: Where, payload: memoryview) -> tuple[Buffer, bool]:
-        """A body, and whether it is where participants find it. Raises ModelMissing if it is neither there nor
-        here."""
+    async def get(self, run_id: str, where: Where, payload: memoryview, what: str = "model") -> tuple[Buffer, bool]:
+        """A body, and whether it is where others find it. Raises ModelMissing if it is neither there nor here."""
         try:
             return await self._fetch(run_id, where, payload), True
         except ConnectionLost:
             raise
         except (BadMessage, TransportError) as error:  # overwritten, lost with the broker's disk, or no such stream
-            log.error("model_not_found", sha256=where.sha256, where=where.where, reason=str(error))
+            log.error("body_not_found", what=what, sha256=where.sha256, where=where.where, reason=str(error))
         blob = await self._archive.load(where.sha256)
         if blob is None:
             raise ModelMissing(
-                f"model {where.sha256[:12]} is neither on the broker nor in a store nor among the checkpoints "
+                f"{what} {where.sha256[:12]} is neither on the broker nor in a store nor among the checkpoints "
                 "here: the lead goes to an aggregator that has it; start one where its run directory is"
             )
         return blob, False

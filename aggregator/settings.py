@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from broker.codecs import LADDER, NONE, packing
 from broker.codecs.difference import check_name
 from broker.errors import ConfigError
-from broker.messages import Federation, Part, RunId, Settings, Word
+from broker.messages import Federation, Part, RunId, Settings, Text, Word
 from broker.payloads import MIN_CHUNK_BYTES, MIN_PART_BYTES
 
 Positive = Annotated[float, Field(gt=0)]
@@ -104,8 +104,45 @@ class EvaluationSettings(Part):
 class StrategySettings(Part):
     """How updates are combined."""
 
-    name: Annotated[Word, Field(description="`fedavg` or `fedsgd`")] = "fedavg"
-    server_lr: Annotated[float, Field(gt=0, description="step size at the aggregator")] = 1.0
+    name: Annotated[
+        Word,
+        Field(
+            description="`fedavg`, `fedsgd`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fednova` or `diloco`"
+        ),
+    ] = "fedavg"
+    server_lr: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="step size at the aggregator; 0: the strategy's own (1; `fedadagrad` 0.1, `fedadam` "
+            "and `fedyogi` 0.03; `diloco` 0.7)",
+        ),
+    ] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1, description="of `fedavgm` and `diloco`")] = 0.9
+    beta_1: Annotated[
+        float, Field(ge=0, lt=1, description="how much of the mean change is remembered by the adaptive ones")
+    ] = 0.9
+    beta_2: Annotated[
+        float, Field(ge=0, lt=1, description="how much of its square is remembered by `fedadam` and `fedyogi`")
+    ] = 0.99
+    tau: Annotated[float, Field(gt=0, description="how little the adaptive ones adapt; v begins as its square")] = (
+        1e-3
+    )
+    steps_max: Annotated[
+        float, Field(ge=1, le=1 << 30, description="`fednova` refuses updates that claim more effective steps")
+    ] = 10_000.0
+    buffers: Annotated[
+        Text,
+        Field(
+            description="names of tensors that are averaged plainly, `*` stands for anything; by default a task's "
+            "own buffers if its code is at hand"
+        ),
+    ] = "*running_mean,*running_var,*num_batches_tracked"
+
+    @property
+    def buffer_patterns(self) -> frozenset[str]:
+        """What is in `buffers`, one by one."""
+        return frozenset(name.strip() for name in self.buffers.split(",")) - {""}
 
 
 def names_in(codecs: str) -> tuple[str, ...]:

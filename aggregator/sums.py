@@ -8,7 +8,7 @@ every leader that replays the same updates computes the same sum. See docs/archi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,14 +73,17 @@ class FixedPointSum:
         for accumulator in self._sums.values():
             accumulator.fill(0)
 
-    def add(self, arrays: Named, weight: int) -> None:
-        """Adds weight * arrays, all or nothing. Raises BadMessage if a value is out of bounds or not finite."""
+    def add(self, arrays: Named, weight: int, divisors: Mapping[str, float] | None = None) -> None:
+        """Adds weight * arrays, all or nothing; those of `divisors` (1 or more) are divided by them first.
+
+        Raises BadMessage if a value is out of bounds or not finite.
+        """
         if not 0 < weight <= self.weight_max or self.weight + weight > self.weight_cap:
             raise BadMessage(f"weight {weight} does not fit: {self.weight} of at most {self.weight_cap} is summed")
         for name, values in arrays.items():
             self._check(name, values)
         for name, values in arrays.items():
-            self._fold(name, values, weight)
+            self._fold(name, values, weight / (divisors or {}).get(name, 1.0))
         self.weight += weight
 
     def _check(self, name: str, values: NDArray[Any]) -> None:
@@ -92,8 +95,8 @@ class FixedPointSum:
             if not (float(block.min()) >= -bound and float(block.max()) <= bound):
                 raise BadMessage(f"tensor {name!r} has values that are not finite or beyond ±{bound:g}")
 
-    def _fold(self, name: str, values: NDArray[Any], weight: int) -> None:
-        factor = float(weight) * 2.0 ** self._scales[name].bits
+    def _fold(self, name: str, values: NDArray[Any], weight: float) -> None:
+        factor = weight * 2.0 ** self._scales[name].bits
         flat, accumulator = values.reshape(-1), self._sums[name]
         for start in _starts(flat):
             scaled = flat[start : start + BLOCK].astype(np.float64)
@@ -101,25 +104,40 @@ class FixedPointSum:
             np.rint(scaled, out=scaled)
             accumulator[start : start + BLOCK] += scaled.astype(np.int64)
 
-    def step(self, model: Arrays, rate: float, out: Arrays | None = None) -> Arrays:
+    def step(
+        self, model: Arrays, rate: float, out: Arrays | None = None, rates: Mapping[str, float] | None = None
+    ) -> Arrays:
         """The arrays model + rate * mean, in the model's dtypes; integers are rounded, all stay in range.
 
-        They are new, or written into `out`, which may be the model itself.
+        Those that `rates` names have their own. They are new, or written into `out`, which may be the model itself.
         """
         moved = out or {name: np.empty_like(values) for name, values in model.items()}
         for name, values in model.items():
-            self._move(name, values, rate, moved[name].reshape(-1))
+            self.move(name, values, (rates or {}).get(name, rate), moved[name])
         return moved
 
-    def _move(self, name: str, values: NDArray[Any], rate: float, moved: NDArray[Any]) -> None:
-        flat, accumulator = values.reshape(-1), self._sums[name]
-        least, most = _range(values.dtype)
+    def move(self, name: str, values: NDArray[Any], rate: float, moved: NDArray[Any]) -> None:
+        """Writes values + rate * mean into `moved`, which may be `values`."""
+        flat, written = values.reshape(-1), moved.reshape(-1)
+        for part in blocks(flat):
+            put(flat[part].astype(np.float64) + rate * self.mean(name, part), written[part])
+
+    def mean(self, name: str, part: slice) -> NDArray[np.float64]:
+        """The weighted mean over a block of one tensor, seen flat."""
         divisor = float(self.weight) * 2.0 ** self._scales[name].bits
-        for start in range(0, flat.size, BLOCK):
-            part = slice(start, start + BLOCK)
-            exact = flat[part].astype(np.float64) + rate * (accumulator[part].astype(np.float64) / divisor)
-            np.clip(exact, least, most, out=exact)
-            moved[part] = exact if values.dtype.kind == "f" else np.rint(exact)
+        return self._sums[name][part].astype(np.float64) / divisor
+
+
+def blocks(flat: NDArray[Any]) -> Iterator[slice]:
+    """Parts of a flat array that fit into the processor's cache, in order."""
+    return (slice(start, start + BLOCK) for start in range(0, flat.size, BLOCK))
+
+
+def put(exact: NDArray[np.float64], out: NDArray[Any]) -> None:
+    """Writes values in the dtype of `out`: integers are rounded, all stay in range. Clips `exact` on the way."""
+    least, most = _range(out.dtype)
+    np.clip(exact, least, most, out=exact)
+    out[...] = exact if out.dtype.kind == "f" else np.rint(exact)
 
 
 def _starts(flat: NDArray[Any]) -> Iterator[int]:

@@ -45,7 +45,7 @@ def expected(load: Load) -> str:
     run, model = load.run, load.initial()
     strategy, up = make_strategy(run.strategy, run.round), packing(run.codec.up)
     for number in range(1, run.stop.rounds + 1):
-        strategy.start(model)
+        strategy.start(model, strategy.state)
         for name in load.names:
             trained = Shift(name, "").train(model, TrainConfig(number, seed=0))
             deltas = {key: np.subtract(values, model[key]) for key, values in trained.arrays.items()}

@@ -138,6 +138,11 @@ class HeadRecord(Message):
     def rank(self) -> tuple[int, int]:
         return (self.epoch, self.seq)
 
+    @property
+    def bodies(self) -> tuple[Where, ...]:
+        """What its version consists of: the model and, if there is one, the strategy's state."""
+        return tuple(where for where in (self.model, self.state) if where is not None)
+
     def with_(self, **changes: Any) -> Self:
         """A copy with these fields replaced. It is checked when it is committed (`checked`)."""
         return self.model_copy(update=changes)

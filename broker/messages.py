@@ -136,6 +136,7 @@ class UpdateReady(FromParticipant):
     num_examples: Annotated[int, Field(ge=1, le=MAX_COUNT)]
     metrics: Metrics = {}
     seconds: Annotated[float, Field(ge=0)] = 0.0
+    effective_steps: Annotated[float, Field(ge=0)] = 0.0
     codec: Word = "none"
     body: Where | None = None
 

@@ -8,6 +8,7 @@ fl.<f>.chunks.<p>  exchange `<p>.chunk`: the way to one participant's outbox, wh
 fl.<f>.updates     stream   everything small that participants send, and what operators want; the leader reads it
 fl.<f>.outbox.<p>  stream   chunks of one participant's large updates
 fl.<f>.model.<run> stream   chunks of global models
+fl.<f>.state.<run> stream   chunks of a strategy's state, which no participant needs
 fl.<f>.down        exchange `all` or `<p>`: TrainRound; `operator`: Answer
 fl.<f>.inbox.<p>   queue    the newest TrainRound
 fl.<f>.rejected    queue    refused messages with the reason
@@ -15,7 +16,7 @@ fl.<f>.operator.<nonce> queue the answer to one command
 
 And in a claim-check store, under its root:
 
-<f>/models/<run>/<sha256>              a global model
+<f>/models/<run>/<sha256>              a global model, or its strategy's state
 <f>/updates/<p>/<run>/<task>/<sha256>  an update of one participant, who needs to write nowhere else
 """
 
@@ -93,6 +94,9 @@ class Topology:
     def model(self, run_id: str) -> str:
         return self._name("model", run_id)
 
+    def state(self, run_id: str) -> str:
+        return self._name("state", run_id)
+
     def chunks(self, participant: str) -> str:
         return self._name("chunks", participant)
 
@@ -161,10 +165,13 @@ class Topology:
             Binding(chunks, f"{participant}.{CHUNK}", outbox),
         ]
 
-    def model_declarations(self, run_id: str, model_bytes: int) -> list[Declaration]:
+    def model_declarations(self, run_id: str, model_bytes: int) -> list[Stream]:
         """A stream that keeps at least four versions of the model."""
-        segment = max(MEBI, model_bytes)
-        return [Stream(self.model(run_id), max_bytes=6 * segment, segment_bytes=segment)]
+        return [_four_of(self.model(run_id), model_bytes)]
+
+    def state_declarations(self, run_id: str, state_bytes: int) -> list[Stream]:
+        """A stream that keeps a strategy's state of at least four versions."""
+        return [_four_of(self.state(run_id), state_bytes)]
 
     def access(self, user: str) -> Access:
         """The rights of the aggregator (everything of this federation) or of one participant."""
@@ -180,3 +187,8 @@ class Topology:
             publish={self.up: f"{user}\\.[a-z]+"},
             bind={self.down: f"({EVERYONE}|{user})"},
         )
+
+
+def _four_of(stream: str, size_bytes: int) -> Stream:
+    segment = max(MEBI, size_bytes)
+    return Stream(stream, max_bytes=6 * segment, segment_bytes=segment)

@@ -23,7 +23,8 @@ from pydantic.fields import FieldInfo
 from aggregator import ledger
 from aggregator.announcer import FANOUT
 from aggregator.daemon import QUOTED_BYTES
-from benchmarks.codecs import Point, page
+from benchmarks.codecs import Point
+from benchmarks.codecs import page as codecs_table
 from benchmarks.measure import Line, table
 from broker import head, messages, payloads, tensors, topology, wire
 from broker.transport import Binding, Declaration, Exchange, Queue, Stream
@@ -215,6 +216,7 @@ def _topology(_: str, meanings: Meanings) -> str:
         *names.operator_declarations("nonce"),
         *names.outbox_declarations("p", MIB),
         *names.model_declarations("run", MIB),
+        *names.state_declarations("run", MIB),
     ]
     bound = [thing for thing in declared if isinstance(thing, Binding)]
     things = [(_public(thing.name), thing) for thing in declared if not isinstance(thing, Binding)]
@@ -251,6 +253,7 @@ def _public(name: str) -> str:
     return (
         re.sub(r"(?<=\.)p$|^p(?=\.|$)", "<p>", marked)
         .replace("model.run", "model.<run>")
+        .replace("state.run", "state.<run>")
         .replace("operator.nonce", "operator.<nonce>")
     )
 
@@ -369,7 +372,7 @@ def _aims(names: str, _: Meanings) -> str:
 def _codecs(name: str, _: Meanings) -> str:
     """Accuracy and bytes of every codec."""
     told = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-    return page([Point(**point) for point in told["details"]["points"]]) + "\n"
+    return codecs_table([Point(**point) for point in told["details"]["points"]]) + "\n"
 
 
 def wrapped(text: str) -> str:

@@ -229,6 +229,12 @@ class TrainSection(Part):
     max_steps: Annotated[int | None, Field(ge=0, description="at most so many steps per round; 0: no limit")] = None
     momentum: Annotated[float | None, Field(ge=0, lt=1, description="momentum of the local optimiser")] = None
     l2: Annotated[float | None, Field(ge=0, description="weight of the L2 penalty")] = None
+    mu: Annotated[
+        float | None, Field(ge=0, description="weight of FedProx's proximal term; at most 1 / train.lr")
+    ] = None
+    max_seconds: Annotated[
+        float | None, Field(ge=0, description="train at most about so long per round; 0: no limit")
+    ] = None
 
     def chosen(self) -> dict[str, Scalar]:
         """The keys that are set."""

@@ -18,7 +18,7 @@ class Flag:
 RUN_DIR = Flag("--run-dir", "run.dir", "DIR", "Where everything of this run is kept.  [default: runs/RUN_ID]")
 FEDERATION_FLAGS = (
     Flag("--broker", "broker.url", "URL", "`memory` (embedded) or amqp://user:password@host/vhost."),
-    Flag("--strategy", "strategy.name", "NAME", "How updates are combined: fedavg or fedsgd."),
+    Flag("--strategy", "strategy.name", "NAME", "How updates are combined, as fedavg or fedadam."),
     Flag("--quorum", "round.quorum", "Q", "Fewest updates that close a round at its deadline."),
     Flag("--target", "round.target", "T", "A round closes at this many updates."),
     Flag("--deadline-s", "round.deadline_s", "S", "Seconds until a round closes with the quorum."),

@@ -16,6 +16,7 @@ from broker.errors import BadMessage, StateError
 from fluffle.config import Config
 from workers.assignment import load_data
 from workers.data import Dataset, split
+from workers.modules import buffer_patterns, build
 from workers.partition import Plan, Shares, share_out
 from workers.preprocess import prepare
 from workers.task import Arrays, Evaluation, Scalar
@@ -37,10 +38,13 @@ class Prediction:
 def task_defaults(name: str) -> dict[str, Scalar]:
     """A task's own settings by dotted name. Raises FluffleError if there is no such task.
 
-    Data with a few natural owners, such as hospitals, is by default left with them.
+    Data with a few natural owners, such as hospitals, is by default left with them. What its model holds beside
+    parameters is averaged plainly by every strategy.
     """
     definition = find_task(name)
     own: dict[str, Scalar] = {f"train.{key}": value for key, value in definition.defaults.items()}
+    if buffers := buffer_patterns(build(definition.model, definition.seed)):
+        own["strategy.buffers"] = ",".join(buffers)
     group = load_data(definition).group
     owners = 0 if group is None else len(np.unique(group))
     if 0 < owners <= FEW_OWNERS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -50,6 +50,19 @@ def views(module: nn.Module) -> Arrays:
 def arrays_of(module: nn.Module) -> Arrays:
     """Parameters and buffers as copies."""
     return {name: view.copy() for name, view in views(module).items()}
+
+
+def buffer_patterns(module: nn.Module) -> list[str]:
+    """Patterns for what is no parameter: `*.running_mean` for all layers; a name where a parameter ends alike."""
+    learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    others = [name for name in module.state_dict() if name not in learned]
+    return sorted({_pattern(name, learned) for name in others})
+
+
+def _pattern(name: str, learned: Collection[str]) -> str:
+    _, dot, ending = name.rpartition(".")
+    taken = not dot or any(parameter.endswith(dot + ending) for parameter in learned)
+    return name if taken else f"*.{ending}"
 
 
 def load_arrays(module: nn.Module, arrays: Arrays) -> None:

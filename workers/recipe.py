@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -17,7 +18,8 @@ class Recipe:
     """Stochastic gradient descent. Raises ConfigError for a value that cannot work.
 
     `batch_size` 0 is the full batch. `l2` is alpha in the penalty alpha / 2 * ||w||^2. `momentum` starts anew each
-    round. `max_steps` ends local training early; 0 is no limit.
+    round. `mu` pulls the parameters back to those of the round's start, x, with mu / 2 * ||w - x||^2 (FedProx, Li
+    et al., 2020). `max_steps` and `max_seconds` end local training early, after at least one step; 0 is no limit.
     """
 
     lr: float = 0.1
@@ -26,6 +28,8 @@ class Recipe:
     l2: float = 0.0
     momentum: float = 0.0
     max_steps: int = 0
+    mu: float = 0.0
+    max_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         _demand("lr", self.lr, f"above 0 and at most {LARGEST:g}", fits=0 < self.lr <= LARGEST)
@@ -34,6 +38,22 @@ class Recipe:
         _demand("l2", self.l2, f"0 to {LARGEST:g}", fits=0 <= self.l2 <= LARGEST)
         _demand("momentum", self.momentum, "in [0, 1)", fits=0 <= self.momentum < 1)
         _demand("max_steps", self.max_steps, "0 (no limit) or more", fits=self.max_steps >= 0)
+        _demand(
+            "mu",
+            self.mu,
+            f"0 to 1 / train.lr = {1 / self.lr:g}, or it overshoots",
+            fits=0 <= self.mu * self.lr <= 1,
+        )
+        _demand("max_seconds", self.max_seconds, "0 (no limit) or more", fits=0 <= self.max_seconds < math.inf)
+
+    def effective_steps(self, steps: int) -> float:
+        """What a constant gradient of 1 moves the parameters by in so many steps, in units of `lr`: `steps`, more
+        with momentum, less with `mu`. It is the norm of a_i in FedNova (Wang et al., 2020, section 4)."""
+        speed = moved = 0.0
+        for _ in range(steps):
+            speed = self.momentum * speed + 1 - self.mu * self.lr * moved
+            moved += speed
+        return max(1.0, moved)
 
 
 def recipe(settings: Mapping[str, Scalar]) -> Recipe:

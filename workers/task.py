@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
@@ -26,6 +27,7 @@ class TrainConfig:
     `settings` holds the run's training settings (`lr`, `batch_size`, `local_epochs`, ...). `seed` depends on
     the run's seed, the participant and the round, so that a repeated attempt gives the same arrays.
     `should_stop` turns true once the work became pointless; a task that looks gives its machine back early.
+    `clock` gives seconds, for a task that keeps to a budget of time.
     """
 
     round: int
@@ -33,16 +35,22 @@ class TrainConfig:
     settings: Mapping[str, Scalar] = field(default_factory=dict)
     wants: Literal["delta", "gradient"] = "delta"
     should_stop: Callable[[], bool] = lambda: False
+    clock: Callable[[], float] = time.monotonic
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
     """`arrays`: for `wants == "delta"` the trained arrays (the worker subtracts those it started from),
-    for `"gradient"` the mean gradient over this participant's examples (settings: full batch)."""
+    for `"gradient"` the mean gradient over this participant's examples (settings: full batch).
+
+    `effective_steps`: what a constant gradient of 1 would have moved the arrays by, in units of the step size; for
+    plain gradient descent the number of steps. 0 if it is not known; FedNova needs it.
+    """
 
     arrays: Arrays
     num_examples: int
     metrics: dict[str, float] = field(default_factory=dict)
+    effective_steps: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ class Together:
         """`asked`: how many a round asks. Raises Unstackable if they cannot train together, or gain nothing."""
         if any(type(task).train is not TorchTask.train for task in tasks.values()):
             raise Unstackable("the task has a way of its own to train")
+        if chosen.mu or chosen.max_seconds:
+            raise Unstackable("train.mu and train.max_seconds are for each participant alone")
         self._tasks = tasks
         self._fit: Fit = try_out(max(tasks.values(), key=lambda task: task.num_examples), chosen)
         self.largest_group = GROUP_BYTES // self._fit.step_bytes

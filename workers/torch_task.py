@@ -94,8 +94,9 @@ class TorchTask:
         """Gradient descent from `arrays`, or their mean gradient; in a statistics round, local moments instead.
 
         The L2 penalty is l2 / 2 * ||w||^2 over parameters with two or more dimensions: weights, not biases or
-        norm layers. The metric `loss` is the mean loss without penalty, before each step. Raises TaskError if
-        the arrays do not fit or the loss is not finite, and WorkAbandoned when told to stop.
+        norm layers. The proximal term is mu / 2 * ||w - x||^2 over all parameters, x as they came in. The metric
+        `loss` is the mean loss without both, before each step. Raises TaskError if the arrays do not fit or the
+        loss is not finite, and WorkAbandoned when told to stop.
         """
         self._demand_rows()
         chosen = self.definition.recipe(config.settings)
@@ -133,11 +134,16 @@ class TorchTask:
     def _descend(self, chosen: Recipe, config: TrainConfig) -> TrainResult:
         velocity: dict[str, Tensor] = {}
         losses: list[tuple[float, int]] = []
+        origin = _parameters(self.module) if chosen.mu else {}
+        began = config.clock()
         for batch in batches(self.num_examples, chosen, config.seed):
             if config.should_stop():
                 raise WorkAbandoned(f"task {self.name!r}: told to stop after {len(losses)} steps")
             losses.append((self.backward(batch, chosen), len(batch)))
+            _pull_back(self.module, chosen.mu, origin)
             _step(self.module, chosen, velocity)
+            if chosen.max_seconds and config.clock() - began >= chosen.max_seconds:
+                break
         return self.trained(arrays_of(self.module), losses, chosen)
 
     def trained(self, arrays: Arrays, losses: Sequence[tuple[float, int]], chosen: Recipe) -> TrainResult:
@@ -150,7 +156,7 @@ class TorchTask:
                 raise self._diverged(f"{name} is not finite", chosen)
         examples = sum(count for _, count in losses)
         loss = math.fsum(loss * count for loss, count in losses) / examples
-        return TrainResult(arrays, self.num_examples, {"loss": loss})
+        return TrainResult(arrays, self.num_examples, {"loss": loss}, chosen.effective_steps(len(losses)))
 
     def _gradient(self, chosen: Recipe) -> TrainResult:
         """The mean gradient over all local examples with the penalty's; zeros for buffers."""
@@ -173,7 +179,8 @@ class TorchTask:
             arrays[f"{scaler}{name}"] = moment
         self.module.eval()
         with torch.inference_mode():
-            return TrainResult(arrays, self.num_examples, {"loss": self._measure(self.rows)["loss"]})
+            loss = self._measure(self.rows)["loss"]
+        return TrainResult(arrays, self.num_examples, {"loss": loss}, effective_steps=1.0)
 
     def _scaler_name(self) -> str | None:
         """What the federated statistics' names begin with (`scaler.`); None if the model has none."""
@@ -299,6 +306,17 @@ def _add_penalty(module: nn.Module, l2: float) -> None:
     for parameter in module.parameters():
         if parameter.grad is not None and parameter.ndim > 1:
             parameter.grad.add_(parameter.detach(), alpha=l2)
+
+
+def _parameters(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def _pull_back(module: nn.Module, mu: float, origin: Mapping[str, Tensor]) -> None:
+    """Adds mu (w - x) to the gradient."""
+    for name, parameter in module.named_parameters() if mu else ():
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - origin[name], alpha=mu)
 
 
 def _step(module: nn.Module, chosen: Recipe, velocity: dict[str, Tensor]) -> None:

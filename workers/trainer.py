@@ -72,11 +72,12 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
     began = time.monotonic()
     told, base = errand.told, tensors.decode(errand.blob)
     body: tensors.Buffer = b""
-    codec, owes, trained_s, encoded_s = codecs.NONE, None, 0.0, 0.0
+    codec, owes, trained_s, encoded_s, effective_steps = codecs.NONE, None, 0.0, 0.0, 0.0
     if told.work == "train":
         result = task.train(base, config)
         trained_s = time.monotonic() - began
         arrays, num_examples, metrics = dict(result.arrays), result.num_examples, result.metrics
+        effective_steps = float(result.effective_steps)
         del result  # nobody needs all arrays beside the update that they become
         packed = _packed(arrays, base, errand, config)
         encoded_s = time.monotonic() - began - trained_s
@@ -97,6 +98,7 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
         num_examples=num_examples,
         metrics={name: float(value) for name, value in metrics.items()},
         seconds=time.monotonic() - began,
+        effective_steps=effective_steps,
         codec=codec,
     )
     return Finished(Held(update, body), owes, trained_s, encoded_s)

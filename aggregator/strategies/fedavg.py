@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
+from aggregator.strategies.buffers import parameters
 from aggregator.sums import FixedPointSum
 from broker.tensors import Arrays, Named
 
@@ -13,22 +15,23 @@ class FedAvg:
 
     Delta_i = w_i - x_start is participant i's change to the version it started from, n_i its weight (number
     of examples). With server_lr = 1 this is the paper's weighted mean of the w_i. Buffers such as BatchNorm
-    statistics are averaged alike; integer ones are rounded to the nearest.
+    statistics are averaged whatever server_lr is; integer ones are rounded to the nearest.
     """
 
     wants: Literal["delta", "gradient"] = "delta"
 
-    def __init__(self, total: FixedPointSum, server_lr: float) -> None:
-        self._sum = total
-        self._server_lr = server_lr
+    def __init__(self, total: FixedPointSum, server_lr: float, buffers: Collection[str] = ()) -> None:
+        self.state: Arrays = {}
+        self._sum, self._server_lr, self._buffers = total, server_lr, buffers
         self._model: Arrays = {}
 
-    def start(self, model: Arrays) -> None:
+    def start(self, model: Arrays, state: Arrays) -> None:  # noqa: ARG002 - it has none
         self._model = model
         self._sum.start(model)
 
-    def add(self, arrays: Named, weight: int) -> None:
+    def add(self, arrays: Named, weight: int, effective_steps: float = 0.0) -> None:  # noqa: ARG002 - all count alike
         self._sum.add(arrays, weight)
 
     def finish(self, out: Arrays | None = None) -> Arrays:
-        return self._sum.step(self._model, self._server_lr, out)
+        rates = dict.fromkeys(parameters(self._model, self._buffers), self._server_lr)
+        return self._sum.step(self._model, 1.0, out, rates)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 from aggregator.strategies.fedavg import FedAvg
-from broker.tensors import Arrays
+from aggregator.sums import FixedPointSum
 
 
 class FedSGD(FedAvg):
     """x <- x - server_lr * sum_i n_i g_i / sum_i n_i, with g_i the gradient over participant i's examples at x.
 
-    Gradients travel rather than weights. With full batches this is centralised gradient descent.
+    Gradients travel rather than weights. With full batches this is centralised gradient descent. The gradient of a
+    buffer is zero: it stays as it is.
     """
 
     wants: Literal["delta", "gradient"] = "gradient"
 
-    def finish(self, out: Arrays | None = None) -> Arrays:
-        return self._sum.step(self._model, -self._server_lr, out)
+    def __init__(self, total: FixedPointSum, server_lr: float, buffers: Collection[str] = ()) -> None:
+        super().__init__(total, -server_lr, buffers)

@@ -26,6 +26,7 @@ from tests.federation import Federation, names, settings
 PARTICIPANTS, ROUNDS = 3, 2
 RUN = settings(PARTICIPANTS, ROUNDS)
 LARGE = settings(PARTICIPANTS, ROUNDS, broker={"inline_bytes": 0, "chunk_bytes": 1024})
+STATEFUL = settings(PARTICIPANTS, 3, strategy={"name": "fedadam"}, broker={"inline_bytes": 0, "chunk_bytes": 4096})
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def check(outcome: Outcome, undisturbed: Outcome) -> None:
     assert (
         outcome.head.model == undisturbed.head.model or outcome.head.model.sha256 == undisturbed.head.model.sha256
     )
+    assert [body.sha256 for body in outcome.head.bodies] == [body.sha256 for body in undisturbed.head.bodies]
     counted = Counter((d.participant, d.task) for d in outcome.ledger if d.verdict == "counted")
     assert len(counted) == PARTICIPANTS * rounds
     assert set(counted.values()) == {1}
@@ -111,6 +113,25 @@ async def test_a_cut_at_every_operation_changes_nothing(
         check(await run_with(fault, tmp_path / f"{fault.index}", LARGE), quiet)
     # A run may need some operations fewer than another: the fewer heartbeats it hears, the quicker it is.
     assert sum(fault.struck is None for fault in faults) <= 4
+
+
+@pytest.fixture(scope="module")
+def undisturbed_stateful(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, NoFaults]:
+    watch = NoFaults()
+    return asyncio.run(run_with(watch, tmp_path_factory.mktemp("undisturbed"), STATEFUL)), watch
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("purpose", ["lead", "publish"])
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 8))])
+async def test_a_strategys_state_survives_a_cut_at_every_operation(
+    undisturbed_stateful: tuple[Outcome, NoFaults], purpose: str, part: int, tmp_path: Path
+) -> None:
+    quiet, watch = undisturbed_stateful
+    assert quiet.head.state
+    for index in range(part, watch.count(AGGREGATOR, purpose), 8):
+        fault = FaultAt(AGGREGATOR, purpose, index, Fault("disconnect"))
+        check(await run_with(fault, tmp_path / f"{index}", STATEFUL), quiet)
 
 
 @pytest.mark.timeout(600)

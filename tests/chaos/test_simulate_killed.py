@@ -27,9 +27,9 @@ def simulate(directory: Path, *arguments: str) -> dict[str, object]:
     return result
 
 
-def kill_at_version(directory: Path, version: int) -> None:
+def kill_at_version(directory: Path, version: int, *arguments: str) -> None:
     """Starts a run and kills it once a checkpoint of that version or a later one is there."""
-    command = (*COMMAND, *SETTINGS, "--run-dir", str(directory))
+    command = (*COMMAND, *SETTINGS, *arguments, "--run-dir", str(directory))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not any(path.stem >= f"v{version:06d}" for path in (directory / "checkpoints").glob("v*.json")):
@@ -41,10 +41,12 @@ def kill_at_version(directory: Path, version: int) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("version", [1, 12])
-def test_a_killed_simulation_resumes_to_the_same_bits(tmp_path: Path, version: int) -> None:
-    undisturbed = simulate(tmp_path / "undisturbed", *SETTINGS)
-    kill_at_version(tmp_path / "killed", version)
+@pytest.mark.parametrize(
+    ("version", "strategy"), [(1, "fedavg"), (12, "fedavg"), pytest.param(12, "fedadam", marks=pytest.mark.slow)]
+)
+def test_a_killed_simulation_resumes_to_the_same_bits(tmp_path: Path, version: int, strategy: str) -> None:
+    undisturbed = simulate(tmp_path / "undisturbed", *SETTINGS, "--strategy", strategy)
+    kill_at_version(tmp_path / "killed", version, "--strategy", strategy)
     resumed = simulate(tmp_path / "killed", "--resume")
     assert resumed["model_sha256"] == undisturbed["model_sha256"]
     assert resumed["rounds"] == ROUNDS

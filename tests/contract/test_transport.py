@@ -416,7 +416,7 @@ class TestPermissions:
         await aggregator.declare(
             *topology.aggregator_declarations(), *topology.inbox_declarations("p-2"),
             *topology.outbox_declarations("p-1", 1), *topology.model_declarations("run", 1),
-            Queue(queue), Stream(stream, 1 << 20, 1 << 20),
+            *topology.state_declarations("run", 1), Queue(queue), Stream(stream, 1 << 20, 1 << 20),
         )  # fmt: skip
         participant = await connect("p-1")
         await participant.declare(*topology.inbox_declarations("p-1"))
@@ -450,7 +450,7 @@ class TestPermissions:
         for name in (topology.head, topology.inbox("p-2"), topology.rejected):
             with pytest.raises(AccessRefused, match=name):
                 await participant.consume(name)
-        for name in (topology.updates, topology.outbox("p-1")):
+        for name in (topology.updates, topology.outbox("p-1"), topology.state("run")):
             with pytest.raises(AccessRefused, match=name):
                 await participant.read(name, offset="first")
 

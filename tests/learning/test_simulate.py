@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from aggregator.strategies.buffers import parameters
 from broker.errors import ConfigError, TaskError
 from broker.messages import Scalar
 from broker.tensors import Arrays
 from fluffle import Result, find_task, resume, simulate
 from fluffle.baselines import BaselineSettings, train_central, train_local
+from fluffle.config import load_config
+from fluffle.layers import from_toml
 from fluffle.learning import load_data
+from fluffle.rundir import load_model
+from workers.modules import buffer_patterns
 from workers.partition import Plan, share_out
 
 
@@ -97,12 +105,67 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_others(tmp_path: Path) -> N
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
-    whole = run("digits", tmp_path / "whole", stop__rounds=4)
-    run("digits", tmp_path / "cut", stop__rounds=2)
+@pytest.mark.parametrize("strategy", ["fedavg", "fedyogi"])
+def test_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path, strategy: str) -> None:
+    whole = run("digits", tmp_path / "whole", stop__rounds=4, strategy__name=strategy)
+    run("digits", tmp_path / "cut", stop__rounds=2, strategy__name=strategy)
     resumed = resume(tmp_path / "cut", {"stop.rounds": 4})
     assert resumed.summary["model_sha256"] == whole.summary["model_sha256"]
     assert [row["round"] for row in resumed.summary["history"]] == [1, 2, 3, 4]
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+
+
+NORMED = replace(find_task("digits"), name="normed", model=normed)
+
+
+def test_an_optimiser_moves_no_buffer_that_the_tasks_module_has(tmp_path: Path) -> None:
+    """With such a step Adam would make variances negative within a round or two, and evaluation not finite."""
+    result = run(
+        f"{__name__}:NORMED", tmp_path / "run", stop__rounds=4, strategy__name="fedadam", strategy__server_lr=0.3,
+        train__batch_size=0,
+    )  # fmt: skip
+    assert load_config(from_toml(tmp_path / "run" / "run.toml")).strategy.buffer_patterns == {
+        "*.running_mean", "*.running_var", "*.num_batches_tracked"
+    }  # fmt: skip
+    assert (result.arrays["1.running_var"] > 0).all()
+    assert result.arrays["1.num_batches_tracked"] > 0
+    *_, newest = sorted((tmp_path / "run" / "checkpoints").glob("v*.json"))
+    state = load_model(newest.parent / json.loads(newest.read_bytes())["state_file"])
+    assert {name.partition("/")[2] for name in state} == {
+        "0.weight",
+        "0.bias",
+        "1.weight",
+        "1.bias",
+        "3.weight",
+        "3.bias",
+    }
+
+
+def test_a_buffer_that_is_called_like_a_parameter_is_named_whole() -> None:
+    module = nn.ModuleDict({"scale": nn.Linear(2, 2), "norm": nn.BatchNorm1d(2)})
+    module["norm"].register_buffer("weight_seen", torch.zeros(2))
+    module.register_buffer("bias", torch.zeros(2))
+    module["norm"].register_buffer("spare", torch.zeros(2))
+    module["scale"].spare = nn.Parameter(torch.zeros(2))
+    found = buffer_patterns(module)
+    common = ["*.num_batches_tracked", "*.running_mean", "*.running_var", "*.weight_seen"]
+    assert found == [*common, "bias", "norm.spare"]
+    moved = parameters({name: value.numpy() for name, value in module.state_dict().items()}, found)
+    assert moved == {name for name, _ in module.named_parameters()}
+
+
+def test_with_fednova_every_update_of_the_shipped_helper_counts(tmp_path: Path) -> None:
+    """Uneven shares and a limit on steps: other numbers of steps at every participant."""
+    result = run(
+        "digits", tmp_path / "run", stop__rounds=3, strategy__name="fednova", data__partition="dirichlet:0.3",
+        train__max_steps=9, train__momentum=0.5, train__mu=0.01, train__lr=0.1,
+    )  # fmt: skip
+    assert result.summary["updates"] == {"accepted": 30, "late": 0, "rejected": 0, "duplicate": 0}
+    losses = [row["metrics"]["loss"] for row in result.summary["history"]]
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_a_task_that_fails_everywhere_ends_the_run_with_its_reason(tmp_path: Path) -> None:

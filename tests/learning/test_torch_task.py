@@ -388,3 +388,136 @@ def test_gradients_and_federated_statistics_do_not_go_together() -> None:
     task = SCALED.bind(measurements(50, 80, 0))
     with pytest.raises(TaskError, match=r"use a strategy that sends models \(fedavg\)"):
         gradient_of(task, task.initial())
+
+
+# FedProx: the proximal term, partial work, and what is told of it
+
+
+def descended(data: Dataset, start: Arrays, steps: int, lr: float, mu: float, momentum: float = 0.0) -> Arrays:
+    """Least squares by hand, in float64: w <- w - lr v, v <- momentum v + grad + mu (w - x)."""
+    x, y = data.x.astype(np.float64), data.y.astype(np.float64)
+    origin = np.append(start["weight"][0], start["bias"]).astype(np.float64)
+    w, v, rows = origin.copy(), np.zeros_like(origin), np.column_stack([x, np.ones(len(x))])
+    for _ in range(steps):
+        v = momentum * v + 2 * rows.T @ (rows @ w - y) / len(y) + mu * (w - origin)
+        w = w - lr * v
+    return {"weight": w[None, :-1], "bias": w[-1:]}
+
+
+LINE = TaskDefinition(name="line", model=lambda: nn.Linear(4, 1), load=points, loss="mse", metric="rmse")
+PROXIMAL = {"lr": 0.05, "batch_size": 0, "local_epochs": 6, "mu": 2.0, "momentum": 0.5}
+
+
+def check_proximal() -> None:
+    data = replace(points(), y=points().x[:, 1])
+    task = LINE.bind(data)
+    start = task.initial()
+    end = task.train(start, config(**PROXIMAL)).arrays
+    wanted = descended(data, start, 6, 0.05, 2.0, 0.5)
+    for name, values in wanted.items():
+        np.testing.assert_allclose(end[name], values, atol=1e-6)
+    normed = replace(TOY, model=with_norm).bind(points())
+    plain, pulled = (
+        normed.train(normed.initial(), config(1, lr=1e-9, batch_size=0, mu=mu)).arrays for mu in (0.0, 1e6)
+    )
+    np.testing.assert_array_equal(plain["1.running_mean"], pulled["1.running_mean"])
+
+
+def test_the_proximal_term_pulls_to_where_the_round_began() -> None:
+    check_proximal()
+
+
+def toward_the_moving_w(module: nn.Module, mu: float, origin: dict[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters() if mu else ():
+        parameter.grad.add_(parameter.detach() - origin[name], alpha=mu)
+        origin[name] = parameter.detach().clone()
+
+
+def twice_as_strong(module: nn.Module, mu: float, origin: dict[str, Tensor]) -> None:
+    """mu ||w - x||^2 without the half."""
+    for name, parameter in module.named_parameters() if mu else ():
+        parameter.grad.add_(parameter.detach() - origin[name], alpha=2 * mu)
+
+
+def of_the_norm(module: nn.Module, mu: float, origin: dict[str, Tensor]) -> None:
+    """mu / 2 ||w - x||, not squared."""
+    for name, parameter in module.named_parameters() if mu else ():
+        parameter.grad.add_((parameter.detach() - origin[name]).sign(), alpha=mu / 2)
+
+
+def away(module: nn.Module, mu: float, origin: dict[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters() if mu else ():
+        parameter.grad.add_(origin[name] - parameter.detach(), alpha=mu)
+
+
+def with_buffers(module: nn.Module, mu: float, origin: dict[str, Tensor]) -> None:
+    pull_back(module, mu, origin)
+    for buffer in module.buffers() if mu else ():
+        if buffer.is_floating_point():
+            buffer.sub_(buffer, alpha=0.5)
+
+
+pull_back = torch_task._pull_back
+
+
+@pytest.mark.parametrize("mistake", [toward_the_moving_w, twice_as_strong, of_the_norm, away, with_buffers])
+def test_a_mistake_in_the_proximal_term_is_caught(mistake: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_task, "_pull_back", mistake)
+    with pytest.raises(AssertionError):
+        check_proximal()
+
+
+def impulse_norm(steps: int, lr: float, mu: float, momentum: float) -> float:
+    """The 1-norm of a_i: how much each step's gradient moves the parameters by the end, one gradient at a time."""
+
+    def moved_by(step: int) -> float:
+        speed = moved = 0.0
+        for k in range(steps):
+            speed = momentum * speed + (k == step) - mu * lr * moved
+            moved += speed
+        return abs(moved)
+
+    return sum(moved_by(step) for step in range(steps))
+
+
+@settings(deadline=None, max_examples=50)
+@given(steps=st.integers(1, 60), momentum=st.floats(0, 0.95), pull=st.floats(0, 1))
+def test_effective_steps_are_those_of_fednova(steps: int, momentum: float, pull: float) -> None:
+    plain, heavy, held = (
+        Recipe(lr=0.1), Recipe(lr=0.1, momentum=momentum), Recipe(lr=0.1, mu=10 * pull)
+    )  # fmt: skip
+    assert plain.effective_steps(steps) == steps
+    rho = momentum
+    by_paper = (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
+    assert heavy.effective_steps(steps) == pytest.approx(by_paper)
+    if pull > 0.01:
+        assert held.effective_steps(steps) == pytest.approx((1 - (1 - pull) ** steps) / pull)
+    both = Recipe(lr=0.1, mu=0.5, momentum=0.5)
+    assert both.effective_steps(steps) == pytest.approx(impulse_norm(steps, 0.1, 0.5, 0.5))
+
+
+def test_partial_work_is_told_truthfully() -> None:
+    task = TOY.bind(points())  # 60 examples: 8 steps in an epoch
+    start = task.initial()
+    assert task.train(start, config(local_epochs=2)).effective_steps == 16
+    assert task.train(start, config(local_epochs=2, max_steps=5)).effective_steps == 5
+    ticks = iter(range(100))
+    budget = replace(config(local_epochs=2, max_seconds=3.0), clock=lambda: float(next(ticks)))
+    part = task.train(start, budget)
+    assert part.effective_steps == 3
+    assert part.num_examples == 60  # the weight is that of the data, not of the work
+    assert same(part.arrays, task.train(start, config(local_epochs=2, max_steps=3)).arrays)
+    at_once = replace(config(max_seconds=1e-9), clock=lambda: float(next(ticks)))
+    assert task.train(start, at_once).effective_steps == 1
+    assert same(SCALED.bind(measurements(50, 80, 0)).initial(), SCALED.bind().initial())
+    assert SCALED.bind(measurements(50, 80, 0)).train(SCALED.bind().initial(), config(1)).effective_steps == 1
+
+
+def test_a_pull_that_overshoots_is_refused() -> None:
+    for wrong, message in (
+        ({"mu": 3.0, "lr": 0.5}, r"train\.mu = 3\.0 must be 0 to 1 / train\.lr = 2, or it overshoots"),
+        ({"mu": -1.0}, r"train\.mu"),
+        ({"max_seconds": -1.0}, r"train\.max_seconds = -1\.0 must be 0 \(no limit\) or more"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            recipe(wrong)

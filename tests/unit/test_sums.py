@@ -231,7 +231,7 @@ def test_fedavg_is_the_mean_of_the_models_weighted_by_examples() -> None:
     """McMahan et al., Algorithm 1: w <- sum_k n_k/n w_k."""
     base, one, two = ({"w": np.array(v, np.float32)} for v in ([1.0, 2.0], [3.0, 0.0], [5.0, 8.0]))
     fedavg = FedAvg(FixedPointSum(MOST, CAP), 1.0)
-    fedavg.start(base)
+    fedavg.start(base, {})
     for local, examples in ((one, 30), (two, 10)):
         fedavg.add({"w": local["w"] - base["w"]}, examples)
     assert fedavg.finish()["w"].tolist() == [3.5, 2.0]
@@ -241,7 +241,7 @@ def test_fedavg_is_the_mean_of_the_models_weighted_by_examples() -> None:
 
 def test_the_servers_step_size_scales_the_mean_change() -> None:
     fedavg = FedAvg(FixedPointSum(MOST, CAP), 0.5)
-    fedavg.start({"w": np.array([1.0])})
+    fedavg.start({"w": np.array([1.0])}, {})
     fedavg.add({"w": np.array([4.0])}, 7)
     assert fedavg.finish()["w"].tolist() == [3.0]
 
@@ -254,7 +254,7 @@ def test_fedsgd_with_full_batches_is_gradient_descent_on_the_pooled_data() -> No
     fedsgd = FedSGD(FixedPointSum(MOST, CAP), rate)
     federated, central = {"w": np.zeros(4)}, np.zeros(4)
     for _ in range(20):
-        fedsgd.start(federated)
+        fedsgd.start(federated, {})
         for shard in shards:
             gradient = 2 * x[shard].T @ (x[shard] @ federated["w"] - y[shard]) / len(x[shard])
             fedsgd.add({"w": gradient}, len(x[shard]))
@@ -267,7 +267,7 @@ def test_strategies_are_made_by_name_with_room_for_every_update_and_late_ones() 
     rounds = RoundSettings(participants=10, max_examples=100)
     fedsgd = make_strategy(StrategySettings(name="fedsgd"), rounds)
     assert fedsgd.wants == "gradient"
-    fedsgd.start({"w": np.zeros(1)})
+    fedsgd.start({"w": np.zeros(1)}, {})
     for _ in range(2 * rounds.most_asked):
         fedsgd.add({"w": np.ones(1)}, 100)
     with pytest.raises(ConfigError, match="did you mean 'fedavg'"):
