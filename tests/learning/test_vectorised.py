@@ -380,6 +380,7 @@ def test_federated_statistics_come_first(tmp_path: Path) -> None:
     [
         ({"strategy.name": "fedsgd", "train.batch_size": 0}, "strategy 'fedsgd' sums gradients"),
         ({"round.participants": 3}, "asks 3 participants"),
+        ({"train.mu": 0.01}, "for each participant alone"),
     ],
 )
 def test_what_falls_back_has_the_bits_of_one_by_one(tmp_path: Path, chosen: dict[str, Any], reason: str) -> None:
