@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -80,10 +81,25 @@ class Layout:
 
     def __init__(self, like: Arrays, codes: Callable[[NDArray[Any]], bool] = is_coded) -> None:
         self.like = like
-        self.places = {name: str(place) for place, name in enumerate(sorted(like))}
-        self.coded = tuple(name for name in self.places if codes(like[name]))
-        self.kept = tuple(name for name in self.places if not codes(like[name]))
-        self.values = sum(like[name].size for name in self.coded)
+        self._codes = codes
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """What kept tensors are called in an encoded form."""
+        return {name: str(place) for place, name in enumerate(sorted(self.like))}
+
+    @cached_property
+    def coded(self) -> tuple[str, ...]:
+        return tuple(name for name in self.places if self._codes(self.like[name]))
+
+    @cached_property
+    def kept(self) -> tuple[str, ...]:
+        return tuple(name for name in self.places if not self._codes(self.like[name]))
+
+    @cached_property
+    def values(self) -> int:
+        """How many coded values there are."""
+        return sum(self.like[name].size for name in self.coded)
 
     def buckets(self, bucket: int) -> int:
         """How many buckets of so many values there are; a tensor's last one may be shorter."""
