@@ -13,7 +13,7 @@ import pytest
 from aggregator.archive import Archive
 from aggregator.checkpoints import Checkpoints
 from aggregator.settings import RunSettings
-from broker.errors import ModelMissing, StateError, TaskError
+from broker.errors import ModelMissing, StateError, TaskError, TransportError
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
 from broker.objects import Folder
@@ -179,3 +179,15 @@ async def test_with_fednova_an_update_that_tells_no_steps_is_refused_with_the_re
     [failure] = failures.value.exceptions
     assert isinstance(failure, TaskError)
     assert re.search(r"fednova takes 1 to 10000: .*TrainResult\.effective_steps", str(failure))
+
+
+async def test_the_next_run_deletes_the_state_of_the_one_before(tmp_path: Path) -> None:
+    joined = federation(tmp_path / "one", inline_bytes=0)
+    await joined.run(first(STREAM, 1))
+    joined.directory = tmp_path / "two"
+    await joined.run(settings(3, 1, run_id="run-2", broker={"inline_bytes": 0}, **ADAM))
+    connection = await joined.broker.connect(AGGREGATOR, purpose="look")
+    await (await connection.read(joined.topology.state("run-2"), offset="first")).close()
+    with pytest.raises(TransportError, match="run-1"):
+        await connection.read(joined.topology.state("run-1"), offset="first")
+    await connection.close()
