@@ -104,8 +104,27 @@ class EvaluationSettings(Part):
 class StrategySettings(Part):
     """How updates are combined."""
 
-    name: Annotated[Word, Field(description="`fedavg` or `fedsgd`")] = "fedavg"
+    name: Annotated[
+        Word,
+        Field(
+            description="`fedavg` or `fedsgd`; robust: `median`, `trimmed-mean`, `krum`, `multi-krum`, `bulyan` or "
+            "`geometric-median`"
+        ),
+    ] = "fedavg"
     server_lr: Annotated[float, Field(gt=0, description="step size at the aggregator")] = 1.0
+    byzantine: Annotated[
+        int, Field(ge=1, le=1 << 20, description="how many bad participants a robust strategy shall bear")
+    ] = 1
+    keep: Annotated[
+        int,
+        Field(
+            ge=0, le=1 << 20, description="how many updates `multi-krum` averages; 0: all but strategy.byzantine"
+        ),
+    ] = 0
+    clip_norm: Annotated[
+        float,
+        Field(ge=0, description="longer updates are shortened to this norm before any strategy; 0: never"),
+    ] = 0.0
 
 
 def names_in(codecs: str) -> tuple[str, ...]:

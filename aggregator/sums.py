@@ -78,24 +78,15 @@ class FixedPointSum:
         if not 0 < weight <= self.weight_max or self.weight + weight > self.weight_cap:
             raise BadMessage(f"weight {weight} does not fit: {self.weight} of at most {self.weight_cap} is summed")
         for name, values in arrays.items():
-            self._check(name, values)
+            check_within(self._scales[name].bound, name, values)
         for name, values in arrays.items():
             self._fold(name, values, weight)
         self.weight += weight
 
-    def _check(self, name: str, values: NDArray[Any]) -> None:
-        bound = self._scales[name].bound
-        flat = values.reshape(-1)
-        for start in _starts(flat):
-            block = flat[start : start + BLOCK]
-            # Also false for NaN, which compares unequal to everything. In float16 a bound might be infinite.
-            if not (float(block.min()) >= -bound and float(block.max()) <= bound):
-                raise BadMessage(f"tensor {name!r} has values that are not finite or beyond ±{bound:g}")
-
     def _fold(self, name: str, values: NDArray[Any], weight: int) -> None:
         factor = float(weight) * 2.0 ** self._scales[name].bits
         flat, accumulator = values.reshape(-1), self._sums[name]
-        for start in _starts(flat):
+        for start in starts(flat):
             scaled = flat[start : start + BLOCK].astype(np.float64)
             scaled *= factor
             np.rint(scaled, out=scaled)
@@ -113,16 +104,31 @@ class FixedPointSum:
 
     def _move(self, name: str, values: NDArray[Any], rate: float, moved: NDArray[Any]) -> None:
         flat, accumulator = values.reshape(-1), self._sums[name]
-        least, most = _range(values.dtype)
         divisor = float(self.weight) * 2.0 ** self._scales[name].bits
         for start in range(0, flat.size, BLOCK):
             part = slice(start, start + BLOCK)
-            exact = flat[part].astype(np.float64) + rate * (accumulator[part].astype(np.float64) / divisor)
-            np.clip(exact, least, most, out=exact)
-            moved[part] = exact if values.dtype.kind == "f" else np.rint(exact)
+            moved[part] = stepped(flat[part], rate * (accumulator[part].astype(np.float64) / divisor))
 
 
-def _starts(flat: NDArray[Any]) -> Iterator[int]:
+def check_within(bound: float, name: str, values: NDArray[Any]) -> None:
+    """Raises BadMessage unless all values of a tensor are finite and lie within ±bound."""
+    flat = values.reshape(-1)
+    for start in starts(flat):
+        block = flat[start : start + BLOCK]
+        # Also false for NaN, which compares unequal to everything. In float16 a bound might be infinite.
+        if not (float(block.min()) >= -bound and float(block.max()) <= bound):
+            raise BadMessage(f"tensor {name!r} has values that are not finite or beyond ±{bound:g}")
+
+
+def stepped(values: NDArray[Any], change: NDArray[np.float64]) -> NDArray[np.float64]:
+    """values + change as float64, within the range of the values' dtype; rounded to the nearest if that is an
+    integer one."""
+    exact = values.astype(np.float64) + change
+    np.clip(exact, *_range(values.dtype), out=exact)
+    return exact if values.dtype.kind == "f" else np.rint(exact, out=exact)
+
+
+def starts(flat: NDArray[Any]) -> Iterator[int]:
     """Where each block begins. Of a mapped file little is held at a time."""
     for number, start in enumerate(range(0, flat.size, BLOCK)):
         if number % GIVEN_BACK_EVERY == GIVEN_BACK_EVERY - 1:

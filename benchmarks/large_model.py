@@ -95,7 +95,7 @@ class Plan:
             for name in names(self.participants):
                 trained = Drift(name, "").train(model, TrainConfig(number, seed=0))
                 delta = np.subtract(trained.arrays["w"], model["w"])
-                strategy.add({"w": delta}, weight_of(trained.num_examples, 0, run.round))
+                strategy.add({"w": delta}, weight_of(trained.num_examples, 0, run.round), name)
             model = strategy.finish()
         return hashlib.sha256(tensors.encode(model)).hexdigest()
 

@@ -43,7 +43,7 @@ def expected(load: Load) -> str:
         for name in load.names:
             trained = Drift(name, "").train(model, TrainConfig(number, seed=0))
             deltas = {key: np.subtract(values, model[key]) for key, values in trained.arrays.items()}
-            strategy.add(deltas, weight_of(trained.num_examples, 0, run.round))
+            strategy.add(deltas, weight_of(trained.num_examples, 0, run.round), name)
         model = strategy.finish()
     return hashlib.sha256(tensors.encode(model)).hexdigest()
 

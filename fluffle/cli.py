@@ -16,7 +16,7 @@ from fluffle.broker_commands import broker_group
 from fluffle.chaos_commands import chaos
 from fluffle.command import Asked, Cli, check_target, configurable, emit, json_option
 from fluffle.control_commands import COMMANDS
-from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS
+from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS, STUDY_FLAGS
 from fluffle.rejected_commands import rejected
 from fluffle.run_commands import aggregator, initial, worker
 
@@ -47,7 +47,7 @@ def cli(debug: bool) -> None:  # noqa: ARG001, FBT001 - read by Cli.invoke
 
 
 @cli.command()
-@configurable(*COMMON_FLAGS, *FEDERATION_FLAGS)
+@configurable(*COMMON_FLAGS, *FEDERATION_FLAGS, *STUDY_FLAGS)
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-dir, with its settings.")
 @click.option("--abandon", metavar="RUN_ID", default="", help="Give up the unfinished run of this name first.")
 @json_option

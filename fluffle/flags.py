@@ -18,7 +18,7 @@ class Flag:
 RUN_DIR = Flag("--run-dir", "run.dir", "DIR", "Where everything of this run is kept.  [default: runs/RUN_ID]")
 FEDERATION_FLAGS = (
     Flag("--broker", "broker.url", "URL", "`memory` (embedded) or amqp://user:password@host/vhost."),
-    Flag("--strategy", "strategy.name", "NAME", "How updates are combined: fedavg or fedsgd."),
+    Flag("--strategy", "strategy.name", "NAME", "How updates are combined: fedavg, fedsgd, median, krum, ..."),
     Flag("--quorum", "round.quorum", "Q", "Fewest updates that close a round at its deadline."),
     Flag("--target", "round.target", "T", "A round closes at this many updates."),
     Flag("--deadline-s", "round.deadline_s", "S", "Seconds until a round closes with the quorum."),
@@ -30,6 +30,12 @@ COMMON_FLAGS = (
     Flag("--participants", "round.participants", "N", "How many participants share the data."),
     Flag("--partition", "data.partition", "HOW", "iid, dirichlet:ALPHA, shards:K or natural."),
     Flag("--seed", "run.seed", "N", "Makes data split, initial model and training repeatable."),
+)
+STUDY_FLAGS = (
+    Flag(
+        "--attack", "study.attack", "HOW", "What bad participants send: sign-flip:SCALE, gaussian:SIGMA, little:Z."
+    ),
+    Flag("--attackers", "study.attackers", "N", "How many participants are bad, drawn by the seed."),
 )
 BROKER_FLAGS = tuple(flag for flag in FEDERATION_FLAGS if flag.setting in ("broker.url", "broker.secrets"))
 AGGREGATOR_FLAGS = (
@@ -51,4 +57,4 @@ SITE_FLAGS = (
 OPERATOR_FLAGS = tuple(
     flag for flag in SITE_FLAGS if flag.setting in ("broker.url", "broker.secrets", "broker.federation")
 )
-FLAGS = (*FEDERATION_FLAGS, *COMMON_FLAGS, *AGGREGATOR_FLAGS, *SITE_FLAGS)
+FLAGS = (*FEDERATION_FLAGS, *COMMON_FLAGS, *STUDY_FLAGS, *AGGREGATOR_FLAGS, *SITE_FLAGS)

@@ -17,6 +17,7 @@ class FedAvg:
     """
 
     wants: Literal["delta", "gradient"] = "delta"
+    uses_disk = False
 
     def __init__(self, total: FixedPointSum, server_lr: float) -> None:
         self._sum = total
@@ -27,7 +28,7 @@ class FedAvg:
         self._model = model
         self._sum.start(model)
 
-    def add(self, arrays: Arrays, weight: int) -> None:
+    def add(self, arrays: Arrays, weight: int, participant: str) -> None:  # noqa: ARG002 - sums do not ask whose
         self._sum.add(arrays, weight)
 
     def finish(self, out: Arrays | None = None) -> Arrays:
