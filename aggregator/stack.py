@@ -84,12 +84,16 @@ class Stack:
         return os.pread(self._file, (part.stop - part.start) * item_bytes, begin + part.start * item_bytes)
 
     def inner_products(self, names: Iterable[str]) -> NDArray[np.float64]:
-        """The Gram matrix (updates, updates) of updates as vectors of these tensors: all that distances need."""
+        """The Gram matrix (updates, updates) of updates as vectors of these tensors: all that distances need.
+
+        By einsum, whose bits do not depend on how many threads a matrix product would take.
+        """
         gram = np.zeros((len(self), len(self)))
         for name in names:
             for _, rows in self.blocks(name):
-                gram += rows @ rows.T
-        return gram
+                for i, row in enumerate(rows):
+                    gram[i, i:] += np.einsum("jk,k->j", rows[i:], row)
+        return gram + np.triu(gram, 1).T
 
     def _no_room(self, error: OSError) -> StateError:
         return StateError(

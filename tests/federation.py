@@ -19,6 +19,7 @@ from aggregator.settings import (
     RunSettings,
     StopSettings,
     StoreSettings,
+    StrategySettings,
 )
 from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
@@ -45,6 +46,7 @@ def settings(
         round=RoundSettings(participants=participants, **{"deadline_s": 30.0, **sections.get("round", {})}),
         stop=StopSettings(rounds=rounds, **sections.get("stop", {})),
         evaluation=EvaluationSettings(**{"mode": "none", **sections.get("evaluation", {})}),
+        strategy=StrategySettings(**sections.get("strategy", {})),
         codec=CodecSettings(**sections.get("codec", {})),
         broker=BrokerSettings(**{"patience_s": 5.0, **sections.get("broker", {})}),
         store=StoreSettings(**sections.get("store", {})),

@@ -48,8 +48,8 @@ def weiszfeld(gram: NDArray[np.float64], passes: int = MOST_PASSES) -> NDArray[n
     """
     weights = np.full(len(gram), 1 / len(gram))
     for _ in range(passes):
-        with_z = gram @ weights
-        squares = weights @ with_z - 2 * with_z + gram.diagonal()
+        with_z = np.einsum("ij,j->i", gram, weights)
+        squares = (weights * with_z).sum() - 2 * with_z + gram.diagonal()
         nearness = 1 / np.maximum(NU, np.sqrt(np.maximum(squares, 0.0)))
         before, weights = weights, nearness / nearness.sum()
         if np.abs(weights - before).max() <= PRECISION:

@@ -8,6 +8,7 @@ import pytest
 from yarl import URL
 
 from broker.errors import ConfigError, TaskError
+from broker.messages import Scalar
 from fluffle import simulate
 from fluffle.config import from_values, load_config
 from fluffle.crowd import check_credentials
@@ -34,9 +35,15 @@ def over(rabbit: Rabbit, secrets: Path) -> dict[str, str]:
     }
 
 
-def test_the_bits_are_those_of_one_process(rabbit: Rabbit, secrets: Path, tmp_path: Path) -> None:
-    alone = simulate("digits", {**RUN, "run.dir": str(tmp_path / "alone")})
-    spread = simulate("digits", {**RUN, **over(rabbit, secrets), "run.dir": str(tmp_path / "spread")})
+ATTACKED = {"strategy.name": "geometric-median", "round.quorum": 3, "study.attack": "gaussian:1"}
+
+
+@pytest.mark.parametrize("more", [{}, pytest.param(ATTACKED, marks=pytest.mark.slow)], ids=["plain", "attacked"])
+def test_the_bits_are_those_of_one_process(
+    more: dict[str, Scalar], rabbit: Rabbit, secrets: Path, tmp_path: Path
+) -> None:
+    alone = simulate("digits", {**RUN, **more, "run.dir": str(tmp_path / "alone")})
+    spread = simulate("digits", {**RUN, **more, **over(rabbit, secrets), "run.dir": str(tmp_path / "spread")})
     assert spread.summary["model_sha256"] == alone.summary["model_sha256"]
     assert spread.summary["updates"] == alone.summary["updates"]
     logs = list((tmp_path / "spread" / "workers").glob("*/*.log"))
