@@ -198,6 +198,8 @@ def make_workers(
     topology, thread = Topology(config.broker.federation), Lane("train")
     store = opened_store(config.store)
     attack = config.site.attack
+    if attack:
+        log.warning("worker_attacks", participant=config.site.participant, attack=attack)
     return [
         Worker(Site(name, attacking(task_for, attack), journals[name], thread, store), broker, topology, settings)
         for name, task_for in assignments.items()

@@ -49,6 +49,7 @@ def test_the_bits_are_those_of_one_process(
     logs = list((tmp_path / "spread" / "workers").glob("*/*.log"))
     assert len(logs) == 3
     assert all("worker_stopped" in log.read_text() for log in logs)
+    assert sum("worker_attacks" in log.read_text() for log in logs) == len(more) // 3
 
 
 def test_a_worker_that_fails_ends_it_and_is_quoted(rabbit: Rabbit, secrets: Path, tmp_path: Path) -> None:

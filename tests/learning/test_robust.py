@@ -494,6 +494,11 @@ MISTAKES: dict[str, tuple[Callable[[], None], str, Any]] = {
     "all updates in memory": (partial(check_memory, "median", size=1 << 19), "aggregator.stack.ROOM", 1 << 40),
     "clipping: a norm for each tensor": (check_clipping, f"{S}.clipping.scaled", _clip_each_tensor),
     "clipping: short ones are lengthened": (check_clipping, f"{S}.clipping.norm_of", lambda arrays: 2.0001),
+    "clipping: after the mean": (
+        check_clipping,
+        f"{S}.clipping.Clipped.add",
+        lambda self, arrays, weight, participant: self._strategy.add(arrays, weight, participant),
+    ),
     "clipping: counters count": (
         check_clipping,
         f"{S}.clipping.norm_of",
