@@ -5,6 +5,7 @@ A mistake is a deliberately broken copy of one piece, put in its place; the chec
 
 from __future__ import annotations
 
+import errno
 import math
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from aggregator.strategies import geometric_median as rfa
 from aggregator.strategies.bulyan import Bulyan, mean_around_median
 from aggregator.strategies.collected import Collected
 from aggregator.strategies.krum import scores, squared_distances
-from broker.errors import BadMessage, ConfigError
+from broker.errors import BadMessage, ConfigError, StateError
 from broker.messages import Scalar
 from broker.tensors import Arrays, encode
 from fluffle import simulate
@@ -518,6 +519,22 @@ def test_the_mistake_is_caught(mistake: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(place, broken, raising=place != "aggregator.stack.sorted")
     with pytest.raises((AssertionError, ConfigError, RuntimeWarning, pytest.fail.Exception)):
         check()
+
+
+def test_a_disk_that_takes_nothing_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = stack.Stack({"w": np.zeros(3)}, tmp_path)
+    kept.put("a", {"w": np.ones(3)})
+    monkeypatch.setattr("os.pwrite", no_space)
+    with pytest.raises(StateError, match=f"{tmp_path}: no room for the updates"):
+        kept.put("b", {"w": np.ones(3)})
+    assert len(kept) == 1
+    assert list(tmp_path.iterdir()) == [], "its file has no name"
+    with pytest.raises(StateError, match="no room for the updates of a round, 24 bytes each"):
+        stack.Stack({"w": np.zeros(3)}, tmp_path / "missing").put("a", {"w": np.ones(3)})
+
+
+def no_space(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # -- in a run -----------------------------------------------------------------------------------------------------
