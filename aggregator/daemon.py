@@ -62,7 +62,7 @@ from broker.messages import (
     TrainFailed,
     UpdateReady,
 )  # fmt: skip
-from broker.offload import off_loop
+from broker.offload import LIGHT_BYTES, off_loop
 from broker.retry import Backoff, publish
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery, Inbox
@@ -149,7 +149,7 @@ class Term:
         settings = job.settings
         self.job, self.settings, self.lead, self.topology = job, settings, lead, topology
         self.archive, self.around = archive, around
-        self.strategy = make_strategy(settings.strategy, settings.round)
+        self.strategy = make_strategy(settings.strategy, settings.round, archive.checkpoints.directory)
         ways = Ways(lead.reader, lead.writer, topology, settings, around.store)
         self.models = Models(ways, archive)
         self.intake = Intake(ways, scratch=archive.checkpoints.directory)
@@ -173,6 +173,11 @@ class Term:
     @property
     def head(self) -> HeadRecord:
         return self.lead.record
+
+    @property
+    def _work_bytes(self) -> int:
+        """How heavy the strategy's work is. What uses the disk is never light."""
+        return len(self.blob) + self.strategy.uses_disk * LIGHT_BYTES
 
     @property
     def caught_up(self) -> bool:
@@ -352,7 +357,8 @@ class Term:
         arrays = await self.intake.arrays(update, payload, self.model, len(self.blob))
         if update.body and update.body.where != "inline":
             self.bytes_up += update.body.size_bytes
-        await off_loop(len(self.blob), self.strategy.add, arrays, weight, update.effective_steps)
+        how = (arrays, weight, update.participant, update.effective_steps)
+        await off_loop(self._work_bytes, self.strategy.add, *how)
         return weight
 
     async def _refuse(self, delivery: Delivery, message: Message | None, bad: BadMessage) -> None:
@@ -495,9 +501,9 @@ class Term:
         """The record with the round's new model, stored and measured but not yet committed."""
         step: tensors.Buffer | None = None
         if self.settings.codec.down != NONE and self.models.is_large(self.blob):
-            self.blob, step = await off_loop(len(self.blob), self._combine_stepwise)
+            self.blob, step = await off_loop(self._work_bytes, self._combine_stepwise)
         else:
-            self.blob = await off_loop(len(self.blob), self._combine)
+            self.blob = await off_loop(self._work_bytes, self._combine)
         self.model = tensors.decode(self.blob)
         self._take_state(await off_loop(len(self.blob), self._next_state))
         where = await self.models.put(record.run_id, self.blob)

@@ -107,7 +107,8 @@ class StrategySettings(Part):
     name: Annotated[
         Word,
         Field(
-            description="`fedavg`, `fedsgd`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fednova` or `diloco`"
+            description="`fedavg`, `fedsgd`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fednova` or `diloco`; "
+            "robust: `median`, `trimmed-mean`, `krum`, `multi-krum`, `bulyan` or `geometric-median`"
         ),
     ] = "fedavg"
     server_lr: Annotated[
@@ -138,6 +139,19 @@ class StrategySettings(Part):
             "own buffers if its code is at hand"
         ),
     ] = "*running_mean,*running_var,*num_batches_tracked"
+    byzantine: Annotated[
+        int, Field(ge=1, le=1 << 20, description="how many bad participants a robust strategy shall bear")
+    ] = 1
+    keep: Annotated[
+        int,
+        Field(
+            ge=0, le=1 << 20, description="how many updates `multi-krum` averages; 0: all but strategy.byzantine"
+        ),
+    ] = 0
+    clip_norm: Annotated[
+        float,
+        Field(ge=0, description="longer updates are shortened to this norm before any strategy; 0: never"),
+    ] = 0.0
 
     @property
     def buffer_patterns(self) -> frozenset[str]:

@@ -81,24 +81,15 @@ class FixedPointSum:
         if not 0 < weight <= self.weight_max or self.weight + weight > self.weight_cap:
             raise BadMessage(f"weight {weight} does not fit: {self.weight} of at most {self.weight_cap} is summed")
         for name, values in arrays.items():
-            self._check(name, values)
+            check_within(self._scales[name].bound, name, values)
         for name, values in arrays.items():
             self._fold(name, values, weight / (divisors or {}).get(name, 1.0))
         self.weight += weight
 
-    def _check(self, name: str, values: NDArray[Any]) -> None:
-        bound = self._scales[name].bound
-        flat = values.reshape(-1)
-        for start in _starts(flat):
-            block = flat[start : start + BLOCK]
-            # Also false for NaN, which compares unequal to everything. In float16 a bound might be infinite.
-            if not (float(block.min()) >= -bound and float(block.max()) <= bound):
-                raise BadMessage(f"tensor {name!r} has values that are not finite or beyond ±{bound:g}")
-
     def _fold(self, name: str, values: NDArray[Any], weight: float) -> None:
         factor = weight * 2.0 ** self._scales[name].bits
         flat, accumulator = values.reshape(-1), self._sums[name]
-        for start in _starts(flat):
+        for start in starts(flat):
             scaled = flat[start : start + BLOCK].astype(np.float64)
             scaled *= factor
             np.rint(scaled, out=scaled)
@@ -140,7 +131,17 @@ def put(exact: NDArray[np.float64], out: NDArray[Any]) -> None:
     out[...] = exact if out.dtype.kind == "f" else np.rint(exact)
 
 
-def _starts(flat: NDArray[Any]) -> Iterator[int]:
+def check_within(bound: float, name: str, values: NDArray[Any]) -> None:
+    """Raises BadMessage unless all values of a tensor are finite and lie within ±bound."""
+    flat = values.reshape(-1)
+    for start in starts(flat):
+        block = flat[start : start + BLOCK]
+        # Also false for NaN, which compares unequal to everything. In float16 a bound might be infinite.
+        if not (float(block.min()) >= -bound and float(block.max()) <= bound):
+            raise BadMessage(f"tensor {name!r} has values that are not finite or beyond ±{bound:g}")
+
+
+def starts(flat: NDArray[Any]) -> Iterator[int]:
     """Where each block begins. Of a mapped file little is held at a time."""
     for number, start in enumerate(range(0, flat.size, BLOCK)):
         if number % GIVEN_BACK_EVERY == GIVEN_BACK_EVERY - 1:

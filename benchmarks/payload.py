@@ -51,7 +51,7 @@ def expected(load: Load) -> str:
             deltas = {key: np.subtract(values, model[key]) for key, values in trained.arrays.items()}
             if up.name != NONE:
                 deltas = up.unpack(up.pack(deltas, {}, np.random.default_rng(0)).body, model)
-            strategy.add(deltas, weight_of(trained.num_examples, 0, run.round))
+            strategy.add(deltas, weight_of(trained.num_examples, 0, run.round), name)
         before, model = model, strategy.finish()
         if run.codec.down != NONE:
             model, _ = difference(run.codec.down, before, model)

@@ -43,6 +43,7 @@ from aggregator.settings import (
 from broker.errors import ConfigError
 from broker.messages import Federation, Part, RunId, Scalar, Word
 from fluffle.flags import FLAGS
+from workers.attack import Attack
 
 PREFIX = "FLUFFLE_"
 RUNS = "runs"
@@ -61,6 +62,18 @@ Listen = Annotated[
     StringConstraints(pattern=r"^(|[^:\s/]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5})$"),
     AfterValidator(_port_exists),
 ]
+
+
+def _attack_exists(attack: str) -> str:
+    try:
+        if attack:
+            Attack.named(attack)
+    except ConfigError as unknown:
+        raise ValueError(str(unknown)) from None
+    return attack
+
+
+AttackName = Annotated[str, AfterValidator(_attack_exists)]
 
 
 class RunSection(Part):
@@ -212,9 +225,25 @@ class SiteSection(Part):
         int,
         Field(ge=0, description="torch's threads; with 1, equal seeds give equal bits everywhere; 0: all cores"),
     ] = 1
+    attack: Annotated[
+        AttackName,
+        Field(description="what this worker sends instead of what it learned, as `study.attack`; for studies only"),
+    ] = ""
     http: Annotated[
         Listen, Field(description="host:port of the worker's endpoint, as 127.0.0.1:8760; port 0: any; empty: none")
     ] = ""
+
+
+class StudySection(Part):
+    """What a simulation does to study a strategy."""
+
+    attack: Annotated[
+        AttackName,
+        Field(
+            description="what bad participants send: `sign-flip:SCALE`, `gaussian:SIGMA` or `little:Z`; empty: none"
+        ),
+    ] = ""
+    attackers: Annotated[int, Field(ge=1, description="how many are bad, drawn by the seed")] = 1
 
 
 class TrainSection(Part):
@@ -262,6 +291,7 @@ class Config(Part):
     train: TrainSection = TrainSection()
     simulation: SimulationSection = SimulationSection()
     site: SiteSection = SiteSection()
+    study: StudySection = StudySection()
 
     @field_validator("stop")
     @classmethod

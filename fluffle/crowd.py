@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -27,21 +27,22 @@ def check_credentials(config: Config) -> None:
 
 
 @asynccontextmanager
-async def crowd(config: Config, participants: Sequence[str]) -> AsyncIterator[None]:
-    """Workers run while the block does, and until the run is over. Raises TaskError if one of them fails."""
+async def crowd(config: Config, attacks: Mapping[str, str]) -> AsyncIterator[None]:
+    """Workers of these participants run while the block does, and until the run is over; each is told its attack,
+    unless that is empty. Raises TaskError if one of them fails."""
     directory = config.run_dir / "workers" / str(os.getpid())
     await asyncio.to_thread(directory.mkdir, parents=True)
     async with asyncio.TaskGroup() as group:
-        watches = [group.create_task(_watch(config, name, directory)) for name in participants]
+        watches = [group.create_task(_watch(config, name, attack, directory)) for name, attack in attacks.items()]
         yield
         _, late = await asyncio.wait(watches, timeout=FAREWELL_S)
         for watch in late:
             watch.cancel()
 
 
-async def _watch(config: Config, participant: str, directory: Path) -> None:
+async def _watch(config: Config, participant: str, attack: str, directory: Path) -> None:
     log = directory / f"{participant}.log"
-    process = await _start(config, participant, log)
+    process = await _start(config, participant, attack, log)
     try:
         code = await process.wait()
     finally:
@@ -55,9 +56,10 @@ async def _watch(config: Config, participant: str, directory: Path) -> None:
         )
 
 
-async def _start(config: Config, participant: str, log: Path) -> Process:
+async def _start(config: Config, participant: str, attack: str, log: Path) -> Process:
     journal = log.with_suffix(".journal")
     flags = ["--config", str(config.run_dir / "run.toml"), "--participant", participant, "--data", "share"]
+    flags += ["--set", f"site.attack={attack}"] if attack else []
     output = await asyncio.to_thread(log.open, "ab")
     try:
         return await asyncio.create_subprocess_exec(

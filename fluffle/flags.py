@@ -18,7 +18,7 @@ class Flag:
 RUN_DIR = Flag("--run-dir", "run.dir", "DIR", "Where everything of this run is kept.  [default: runs/RUN_ID]")
 FEDERATION_FLAGS = (
     Flag("--broker", "broker.url", "URL", "`memory` (embedded) or amqp://user:password@host/vhost."),
-    Flag("--strategy", "strategy.name", "NAME", "How updates are combined, as fedavg or fedadam."),
+    Flag("--strategy", "strategy.name", "NAME", "How updates are combined, as fedavg, fedadam, median or krum."),
     Flag("--quorum", "round.quorum", "Q", "Fewest updates that close a round at its deadline."),
     Flag("--target", "round.target", "T", "A round closes at this many updates."),
     Flag("--deadline-s", "round.deadline_s", "S", "Seconds until a round closes with the quorum."),
@@ -33,6 +33,10 @@ COMMON_FLAGS = (
 )
 SIMULATION_FLAGS = (
     Flag("--vectorise", "simulation.vectorise", "", "Train participants side by side; equal within rounding only."),
+    Flag(
+        "--attack", "study.attack", "HOW", "What bad participants send: sign-flip:SCALE, gaussian:SIGMA, little:Z."
+    ),
+    Flag("--attackers", "study.attackers", "N", "How many participants are bad, drawn by the seed."),
 )
 BROKER_FLAGS = tuple(flag for flag in FEDERATION_FLAGS if flag.setting in ("broker.url", "broker.secrets"))
 AGGREGATOR_FLAGS = (

@@ -28,6 +28,7 @@ from fluffle.signals import on_signal
 from fluffle.stores import opened_store
 from fluffle.watchdog import watched
 from workers.assignment import Assignment, Holding
+from workers.attack import attacking
 from workers.journal import FileJournal
 from workers.lane import Lane
 from workers.link import WorkerSettings
@@ -196,7 +197,10 @@ def make_workers(
     )
     topology, thread = Topology(config.broker.federation), Lane("train")
     store = opened_store(config.store)
+    attack = config.site.attack
+    if attack:
+        log.warning("worker_attacks", participant=config.site.participant, attack=attack)
     return [
-        Worker(Site(name, assignment, journals[name], thread, store), broker, topology, settings)
-        for name, assignment in assignments.items()
+        Worker(Site(name, attacking(task_for, attack), journals[name], thread, store), broker, topology, settings)
+        for name, task_for in assignments.items()
     ]

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import structlog
 
 from aggregator.archive import BEHIND_S
 from aggregator.daemon import Aggregator
 from aggregator.job import Surroundings
 from aggregator.strategies import make_strategy
-from broker.errors import first_known
+from broker.errors import ConfigError, first_known
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
 from broker.store import OwnMemory, Store
@@ -30,6 +31,7 @@ from fluffle.display import Display, notice
 from fluffle.jobs import check_metrics, task_job
 from fluffle.learning import shares_of
 from fluffle.stores import keepers_store
+from workers.attack import attacking
 from workers.journal import MemoryJournal
 from workers.lane import Lane
 from workers.link import WorkerSettings
@@ -41,6 +43,8 @@ from workers.together import Together
 from workers.torch_task import TaskDefinition, TorchTask
 from workers.trainer import Sizes
 from workers.worker import Site, TaskFor, Worker, always
+
+ATTACKER_DRAWS = 3  # tells who attacks from what else the seed decides
 
 log = structlog.get_logger(__name__)
 
@@ -55,13 +59,14 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a simulation needs, found to be possible before anything is written."""
+    """What a simulation needs, found to be possible before anything is written. `attacks`: of each participant."""
 
     config: Config
     definition: TaskDefinition
     shares: Shares
     broker: Broker
     store: Store | None
+    attacks: Mapping[str, str]
 
 
 def plan_simulation(config: Config) -> Plan:
@@ -74,7 +79,21 @@ def plan_simulation(config: Config) -> Plan:
     store = keepers_store(config.store)
     if store is None and config.broker.url == "memory":
         store = OwnMemory()
-    return Plan(config, definition, shares_of(config, definition), broker, store)
+    shares = shares_of(config, definition)
+    return Plan(config, definition, shares, broker, store, attacks_of(config, shares))
+
+
+def attacks_of(config: Config, shares: Shares) -> dict[str, str]:
+    """What each participant sends instead of what it learned, or "". The bad ones are the first of an order that
+    the seed gives, so more attackers are the same ones and some others. Raises ConfigError if they are too many."""
+    names = [shard.name for shard in shares.shards]
+    if config.study.attack and config.study.attackers > len(names):
+        raise ConfigError(
+            f"study.attackers = {config.study.attackers} is above the {len(names)} participants: lower it"
+        )
+    order = np.random.default_rng([config.run.seed, ATTACKER_DRAWS]).permutation(names)
+    bad = set(order[: config.study.attackers])
+    return {name: config.study.attack if name in bad else "" for name in names}
 
 
 def _broker(config: Config) -> Broker:
@@ -88,6 +107,8 @@ async def run_simulation(plan: Plan, display: Display, *, abandon: str = "") -> 
     """Runs to the end, or goes on from the broker's record or the checkpoints in the run directory."""
     use_threads()
     display.on_notice("data_shared_out", **_holdings(plan.shares))
+    if bad := [name for name, attack in plan.attacks.items() if attack]:
+        display.on_notice("attackers_drawn", attack=plan.config.study.attack, participants=" ".join(bad))
     began = time.monotonic()
     try:
         if plan.config.broker.url == "memory":
@@ -107,8 +128,8 @@ async def _in_one_process(plan: Plan, display: Display) -> HeadRecord:
         task_for = await _learning_tasks(plan, display, thread)
         async with asyncio.TaskGroup() as group:
             workers = [
-                _worker(plan, Site(shard.name, task_for(shard.name), MemoryJournal(), thread, plan.store))
-                for shard in plan.shares.shards
+                _worker(plan, Site(name, attacking(task_for(name), attack), MemoryJournal(), thread, plan.store))
+                for name, attack in plan.attacks.items()
             ]
             for worker in workers:
                 group.create_task(worker.run(), name=worker.participant)
@@ -123,7 +144,7 @@ async def _in_one_process(plan: Plan, display: Display) -> HeadRecord:
 async def _in_processes(plan: Plan, display: Display, abandon: str) -> HeadRecord:
     if plan.config.simulation.vectorise:
         display.on_notice("trained_one_by_one", reason="over RabbitMQ every participant is a process of its own")
-    async with crowd(plan.config, [shard.name for shard in plan.shares.shards]):
+    async with crowd(plan.config, plan.attacks):
         return await _aggregator(plan, display, abandon).run()
 
 

@@ -19,6 +19,7 @@ class FedAvg:
     """
 
     wants: Literal["delta", "gradient"] = "delta"
+    uses_disk = False
 
     def __init__(self, total: FixedPointSum, server_lr: float, buffers: Collection[str] = ()) -> None:
         self.state: Arrays = {}
@@ -29,7 +30,7 @@ class FedAvg:
         self._model = model
         self._sum.start(model)
 
-    def add(self, arrays: Named, weight: int, effective_steps: float = 0.0) -> None:  # noqa: ARG002 - all count alike
+    def add(self, arrays: Named, weight: int, participant: str, effective_steps: float = 0.0) -> None:  # noqa: ARG002 - all count alike
         self._sum.add(arrays, weight)
 
     def finish(self, out: Arrays | None = None) -> Arrays:

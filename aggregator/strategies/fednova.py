@@ -25,6 +25,7 @@ class FedNova:
     """
 
     wants: Literal["delta", "gradient"] = "delta"
+    uses_disk = False
 
     def __init__(
         self, total: FixedPointSum, server_lr: float, most_steps: float, buffers: Collection[str] = ()
@@ -40,7 +41,7 @@ class FedNova:
         self._weighted_steps.clear()
         self._sum.start(model)
 
-    def add(self, arrays: Named, weight: int, effective_steps: float = 0.0) -> None:
+    def add(self, arrays: Named, weight: int, participant: str, effective_steps: float = 0.0) -> None:  # noqa: ARG002
         if not 1 <= effective_steps <= self._most_steps:
             raise BadMessage(
                 f"effective_steps = {effective_steps:g}, but fednova takes 1 to {self._most_steps:g}: the learning "

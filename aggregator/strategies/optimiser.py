@@ -37,6 +37,7 @@ class ServerOptimiser:
     """
 
     wants: Literal["delta", "gradient"] = "delta"
+    uses_disk = False
 
     def __init__(self, total: FixedPointSum, rule: Rule, buffers: Collection[str]) -> None:
         self.state: Arrays = {}
@@ -50,7 +51,7 @@ class ServerOptimiser:
         self._sum.start(model)
         self._check()
 
-    def add(self, arrays: Named, weight: int, effective_steps: float = 0.0) -> None:  # noqa: ARG002 - all count alike
+    def add(self, arrays: Named, weight: int, participant: str, effective_steps: float = 0.0) -> None:  # noqa: ARG002 - all count alike
         self._sum.add(arrays, weight)
 
     def finish(self, out: Arrays | None = None) -> Arrays:

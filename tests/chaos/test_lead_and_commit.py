@@ -27,6 +27,7 @@ PARTICIPANTS, ROUNDS = 3, 2
 RUN = settings(PARTICIPANTS, ROUNDS)
 LARGE = settings(PARTICIPANTS, ROUNDS, broker={"inline_bytes": 0, "chunk_bytes": 1024})
 STATEFUL = settings(PARTICIPANTS, 3, strategy={"name": "fedadam"}, broker={"inline_bytes": 0, "chunk_bytes": 4096})
+ROBUST = settings(PARTICIPANTS, ROUNDS, round={"quorum": PARTICIPANTS}, strategy={"name": "geometric-median"})
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,18 @@ async def test_a_strategys_state_survives_a_cut_at_every_operation(
     for index in range(part, watch.count(AGGREGATOR, purpose), 8):
         fault = FaultAt(AGGREGATOR, purpose, index, Fault("disconnect"))
         check(await run_with(fault, tmp_path / f"{index}", STATEFUL), quiet)
+
+
+@pytest.mark.parametrize("purpose", ["lead", "publish"])
+async def test_a_strategy_that_collects_has_the_same_bits_after_a_cut(purpose: str, tmp_path: Path) -> None:
+    """What it had collected is lost with the term, and collected again."""
+    watch = NoFaults()
+    quiet = await run_with(watch, tmp_path / "quiet", ROBUST)
+    averaged = await run_with(NoFaults(), tmp_path / "averaged")
+    assert quiet.head.model != averaged.head.model
+    for index in range(3, watch.count(AGGREGATOR, purpose), 11):
+        fault = FaultAt(AGGREGATOR, purpose, index, Fault("disconnect"))
+        check(await run_with(fault, tmp_path / f"{index}", ROBUST), quiet)
 
 
 @pytest.mark.timeout(600)

@@ -217,6 +217,19 @@ async def test_late_updates_fold_with_a_weight_damped_by_staleness(federation: F
     assert 0 < expected < len(late)
 
 
+async def test_a_robust_strategy_takes_a_folded_late_update_as_one_among_the_others(federation: Federation) -> None:
+    federation.tasks |= {f"p0{i + 1}": Step(value) for i, value in enumerate((0.0, 1.0, 2.0, 9.0))}
+    rounds = {"target": 3, "quorum": 3, "late": "fold"}
+    async with running(federation, settings(4, rounds=8, round=rounds, strategy={"name": "median"})) as job:
+        job.crowd.start("p04", lag_s=0.5)
+        job.crowd.start("p01", "p02", "p03", lag_s=0.1)
+        head = await job.aggregator
+    folded = [line for line in await federation.ledger() if line.verdict == "late" and line.weight]
+    assert {line.participant for line in folded} == {"p04"}
+    model = await model_of(federation, head)
+    assert model["w"] == pytest.approx(8 * 1.0 + 0.5 * len(folded))  # of 0, 1, 2; of 0, 1, 2, 9
+
+
 # -- attempts, and who comes late -----------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from structlog.testing import capture_logs
 from yarl import URL
 
 from broker.errors import ConfigError, TaskError
+from broker.messages import Scalar
 from fluffle import simulate
 from fluffle.config import from_values, load_config
 from fluffle.crowd import check_credentials
@@ -36,9 +37,15 @@ def over(rabbit: Rabbit, secrets: Path) -> dict[str, str]:
     }
 
 
-def test_the_bits_are_those_of_one_process(rabbit: Rabbit, secrets: Path, tmp_path: Path) -> None:
-    alone = simulate("digits", {**RUN, "run.dir": str(tmp_path / "alone")})
-    settings = {**RUN, **over(rabbit, secrets), "simulation.vectorise": True}  # which only one process can
+ATTACKED = {"strategy.name": "geometric-median", "round.quorum": 3, "study.attack": "gaussian:1"}
+
+
+@pytest.mark.parametrize("more", [{}, pytest.param(ATTACKED, marks=pytest.mark.slow)], ids=["plain", "attacked"])
+def test_the_bits_are_those_of_one_process(
+    more: dict[str, Scalar], rabbit: Rabbit, secrets: Path, tmp_path: Path
+) -> None:
+    alone = simulate("digits", {**RUN, **more, "run.dir": str(tmp_path / "alone")})
+    settings = {**RUN, **more, **over(rabbit, secrets), "simulation.vectorise": True}  # which only one process can
     configure_logs("info")
     with capture_logs() as told:
         spread = simulate("digits", {**settings, "run.dir": str(tmp_path / "spread")})
@@ -50,6 +57,7 @@ def test_the_bits_are_those_of_one_process(rabbit: Rabbit, secrets: Path, tmp_pa
     logs = list((tmp_path / "spread" / "workers").glob("*/*.log"))
     assert len(logs) == 3
     assert all("worker_stopped" in log.read_text() for log in logs)
+    assert sum("worker_attacks" in log.read_text() for log in logs) == len(more) // 3
 
 
 def test_a_worker_that_fails_ends_it_and_is_quoted(rabbit: Rabbit, secrets: Path, tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""What robust rules have in common: updates are collected on disk, then combined block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aggregator.stack import Rows, Stack
+from aggregator.strategies.buffers import parameters
+from aggregator.sums import Scale, check_within, put
+from broker.errors import StateError
+from broker.tensors import Arrays, Named
+
+Combine = Callable[[Rows], NDArray[np.float64]]  # (updates, values) -> (values,)
+InnerProducts = Callable[[], NDArray[np.float64]]  # of whole updates, (updates, updates); it reads all of them
+
+
+class RobustRule(Protocol):
+    """How one vector is made of several, among which some may be anything."""
+
+    @property
+    def least(self) -> int:
+        """The fewest updates among which it bears as many bad ones as it was made for."""
+
+    def combination(self, inner_products: InnerProducts) -> Combine:
+        """How the blocks of these updates are combined, each on its own."""
+
+
+class Collected:
+    """x <- x + server_lr * rule(Delta_1, ..., Delta_n), with one update per participant and no weights.
+
+    What a participant says about its number of examples is not believed: one could outweigh all others. A late
+    update that is folded is one among the others; if its participant delivers again, the newer one takes its place.
+
+    Integers and buffers (see `buffers.py`) are on another scale than parameters: they do not count in distances,
+    and are combined by the coordinate median, integers rounded to the nearest.
+    """
+
+    wants: Literal["delta", "gradient"] = "delta"
+    uses_disk = True
+
+    def __init__(
+        self, rule: RobustRule, server_lr: float, buffers: Collection[str] = (), scratch: Path | None = None
+    ) -> None:
+        self._rule = rule
+        self._server_lr, self._buffers = server_lr, buffers
+        self.state: Arrays = {}
+        self._scratch = scratch
+        self._model: Arrays = {}
+        self._bounds: dict[str, float] = {}
+        self._stack = Stack({}, scratch)
+
+    def start(self, model: Arrays, state: Arrays) -> None:  # noqa: ARG002 - it has none
+        self._model = model
+        self._bounds = {name: Scale.of(name, values, 1, 1).bound for name, values in model.items()}
+        self._stack = Stack(model, self._scratch)
+
+    def add(self, arrays: Named, weight: int, participant: str, effective_steps: float = 0.0) -> None:  # noqa: ARG002 - see above
+        for name, values in arrays.items():
+            check_within(self._bounds[name], name, values)
+        self._stack.put(participant, arrays)
+
+    def finish(self, out: Arrays | None = None) -> Arrays:
+        if len(self._stack) < self._rule.least:
+            raise StateError(f"{len(self._stack)} updates are fewer than the {self._rule.least} that it needs")
+        moved = out or {name: np.empty_like(values) for name, values in self._model.items()}
+        compared = sorted(parameters(self._model, self._buffers))
+        combine = self._rule.combination(lambda: self._stack.inner_products(compared))
+        for name, values in self._model.items():
+            how, flat, new = combine if name in compared else median, values.reshape(-1), moved[name].reshape(-1)
+            for part, rows in self._stack.blocks(name):
+                put(flat[part].astype(np.float64) + self._server_lr * how(rows), new[part])
+        return moved
+
+
+def median(rows: Rows) -> NDArray[np.float64]:
+    """The coordinate median (values,) of (updates, values); of an even number the mean of the two in the middle."""
+    ordered, n = np.sort(rows, axis=0), len(rows)
+    middle: NDArray[np.float64] = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2  # thrice as fast as np.median
+    return middle
