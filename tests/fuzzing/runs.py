@@ -129,7 +129,7 @@ class Hall:
         assert [line.verdict for line in term.ledger.decided if line.participant == HONEST] == ["counted"]
         moved = term.strategy.finish()
         assert all(np.isfinite(values).all() for values in moved.values())
-        term.strategy.start(moved)  # the next round can begin
+        term.strategy.start(moved, term.strategy.state)  # the next round can begin
         wire.encode(term.head.with_(settled=term.ledger.settled, decided=tuple(term.ledger.decided)))
 
     async def _receive(self, sender: str, body: bytes) -> None:

@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from aggregator import stack
 from aggregator.settings import RoundSettings, StrategySettings
 from aggregator.strategies import Strategy, make_strategy
 from aggregator.strategies import geometric_median as rfa
+from aggregator.strategies.buffers import parameters
 from aggregator.strategies.bulyan import Bulyan, mean_around_median
 from aggregator.strategies.collected import Collected
 from aggregator.strategies.krum import scores, squared_distances
@@ -56,7 +58,7 @@ def strategy(name: str, n: int, byzantine: int = 1, **more: Any) -> Strategy:
 def combined(made: Strategy, updates: Sequence[Arrays], model: Arrays | None = None) -> Arrays:
     """What becomes of a model, of zeros unless one is given, by updates of p00, p01, ... of unequal weight."""
     model = model or {name: np.zeros_like(values) for name, values in updates[0].items()}
-    made.start(model)
+    made.start(model, {})
     for i, update in enumerate(updates):
         made.add(update, 1 + 100 * i, f"p{i:02d}")
     return made.finish()
@@ -241,7 +243,7 @@ def check_order() -> None:
     for name in RULES:
         made, digests = strategy(name, 7), set()
         for order in list(permutations(updates))[::631]:
-            made.start(model)
+            made.start(model, {})
             for participant in order:
                 made.add(updates[participant], 1, participant)
             digests.add(encode(made.finish()))
@@ -251,7 +253,7 @@ def check_order() -> None:
 def check_one_each() -> None:
     """Who delivers late and then again has one update, the newer; a refused one leaves the older in its place."""
     made = strategy("median", 3)
-    made.start({"w": np.zeros(1)})
+    made.start({"w": np.zeros(1)}, {})
     for participant, value in (("b", -900.0), ("a", 1.0), ("c", 2.0), ("b", 3.0)):
         made.add({"w": np.array([value])}, 1, participant)
     with pytest.raises(BadMessage):
@@ -264,7 +266,7 @@ def check_not_finite() -> None:
     for name in RULES:
         vectors = crowd(2, 7, bad=1)
         made = strategy(name, 7)
-        made.start({"a": np.zeros(2), "b": np.zeros(3)})
+        made.start({"a": np.zeros(2), "b": np.zeros(3)}, {})
         for i, vector in enumerate(vectors):
             made.add({"a": vector[:2], "b": vector[2:]}, 1, f"p{i:02d}")
         for value in (math.nan, math.inf, -1025.0):
@@ -284,7 +286,7 @@ def check_memory(*names: str, size: int = 1 << 20) -> None:
     for name in names or RULES:
         made = strategy(name, 20, 4)
         tracemalloc.start()
-        made.start(model)
+        made.start(model, {})
         for i, update in enumerate(updates):
             made.add(update, 1, f"p{i:02d}")
         made.finish({"w": np.zeros_like(model["w"])})
@@ -298,7 +300,7 @@ def check_clipping() -> None:
     long = {"a": np.array([3.0, 0.0]), "b": np.array([4.0]), "n": np.array([8])}
     short = {"a": np.array([0.0, 0.6]), "b": np.array([0.8]), "n": np.array([2])}
     made = strategy("fedavg", 2, clip_norm=2.0)
-    made.start({name: np.zeros_like(values) for name, values in long.items()})
+    made.start({name: np.zeros_like(values) for name, values in long.items()}, {})
     made.add(long, 10, "a")
     made.add(short, 30, "b")
     found = made.finish()
@@ -400,7 +402,11 @@ def _two_fewer(self: Bulyan, squares: Vectors) -> Any:
 
 
 _chosen, _blocks, _put = Bulyan._chosen, stack.Stack.blocks, stack.Stack.put
-_is_compared, _weiszfeld = Collected._is_compared, rfa.weiszfeld
+_weiszfeld = rfa.weiszfeld
+
+
+def _is_whole(values: NDArray[Any]) -> bool:
+    return values.dtype.kind == "i"
 
 
 def _around_the_mean(rows: Vectors, kept: int) -> Vectors:
@@ -470,19 +476,21 @@ MISTAKES: dict[str, tuple[Callable[[], None], str, Any]] = {
     "rfa: weights are believed": (check_geometric_median, f"{S}.collected.Collected.add", _believes_weights),
     "counters are in the distance": (
         check_other_scales,
-        f"{S}.collected.Collected._is_compared",
-        lambda self, name: self._model[name].dtype.kind == "i" or _is_compared(self, name),
+        f"{S}.collected.parameters",
+        lambda model, buffers: {
+            name for name in model if name in parameters(model, buffers) or _is_whole(model[name])
+        },
     ),
     "running statistics are in the distance": (
         check_other_scales,
-        f"{S}.collected.Collected._is_compared",
-        lambda self, name: self._model[name].dtype.kind == "f",
+        f"{S}.collected.parameters",
+        lambda model, buffers: {name for name in model if not _is_whole(model[name])},
     ),
     "weights w_i, not updates": (check_other_scales, f"{S}.collected.Collected.add", _on_weights),
     "integers are cut off": (
         check_integers,
-        f"{S}.collected.stepped",
-        lambda values, change: values + change if values.dtype.kind == "f" else np.trunc(values + change),
+        f"{S}.collected.put",
+        lambda exact, out: np.copyto(out, np.trunc(exact) if _is_whole(out) else exact, casting="unsafe"),
     ),
     "in the order of arrival": (check_order, "aggregator.stack.sorted", list),
     "every update counts": (check_one_each, "aggregator.stack.Stack.put", _every_update_counts),

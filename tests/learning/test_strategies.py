@@ -25,7 +25,7 @@ from aggregator.strategies.optimiser import Block, ServerOptimiser
 from aggregator.sums import FixedPointSum
 from broker import tensors
 from broker.errors import BadMessage, ConfigError, StateError
-from broker.tensors import Arrays
+from broker.tensors import Arrays, Named
 
 MOST, CAP = 1000, 1 << 16
 ETA = 0.03  # of fedadam and fedyogi, by default
@@ -67,7 +67,7 @@ ROUNDS_OF = RoundSettings(participants=3, max_examples=MOST)
 
 
 def give(strategy: Strategy, one: Sent) -> None:
-    strategy.add(one.arrays, one.examples, effective_steps=one.steps)
+    strategy.add(one.arrays, one.examples, "p", one.steps)
 
 
 def after_each_round(strategy: Strategy, rounds: Sequence[Sequence[Sent]] = ROUNDS) -> list[Arrays]:
@@ -319,8 +319,8 @@ class Nova(FedNova):
         super().start(model, state)
         self.number += 1
 
-    def add(self, arrays: Arrays, weight: int, effective_steps: float = 0.0) -> None:
-        super().add(arrays, weight, effective_steps=self.told(effective_steps))
+    def add(self, arrays: Named, weight: int, participant: str, effective_steps: float = 0.0) -> None:
+        super().add(arrays, weight, participant, self.told(effective_steps))
 
     def finish(self, out: Arrays | None = None) -> Arrays:
         if self.tau is not None:
@@ -337,8 +337,8 @@ def unweighted(round_: Sequence[Sent]) -> float:
 
 
 class OneVoteEach(FedAvg):
-    def add(self, arrays: Arrays, weight: int, effective_steps: float = 0.0) -> None:
-        super().add(arrays, 1, effective_steps=effective_steps)
+    def add(self, arrays: Named, weight: int, participant: str, effective_steps: float = 0.0) -> None:
+        super().add(arrays, 1, participant, effective_steps)
 
 
 class NoCounters(FedAvg):
@@ -450,7 +450,7 @@ def test_moments_are_float32_at_least_and_only_those_of_parameters() -> None:
     small = {"half": np.zeros(3, np.float16), "double": np.zeros(3), "count": np.array(0), "mean": np.zeros(3)}
     strategy = named("fedadam", buffers="mean, *running_var")
     strategy.start(small, {})
-    strategy.add({name: np.full_like(values, 1) for name, values in small.items()}, 5)
+    strategy.add({name: np.full_like(values, 1) for name, values in small.items()}, 5, "p")
     assert strategy.finish()["mean"].tolist() == [1, 1, 1]
     assert {name: array.dtype for name, array in strategy.state.items()} == {
         "m/half": np.float32, "v/half": np.float32, "m/double": np.float64, "v/double": np.float64
