@@ -45,6 +45,7 @@ def run(name: str, out: Path) -> list[Line]:
 @click.option("--out", "directory", type=click.Path(file_okay=False, path_type=Path), default=RESULTS)
 def main(only: tuple[str, ...], directory: Path) -> None:
     """Runs them, and prints what they measured beside their references and aims."""
+    directory.mkdir(parents=True, exist_ok=True)
     began, lines = time.monotonic(), []
     for name in only or SUITE:
         click.echo(f"{name}:", err=True)
