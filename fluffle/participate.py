@@ -138,7 +138,8 @@ async def participate(config: Config, workers: Sequence[Worker], until: Until) -
     async with endpoint.serve(config.site.http, pages_of(workers)):
         with watched(config.process.watchdog_s), on_signal(stop, signal.SIGTERM, signal.SIGINT):
             await _serve(workers, until)
-    log.info("worker_stopped", participant=config.site.participant, peak_rss_mb=round(peak_rss_mb(), 1))
+    peak_mb = await asyncio.to_thread(peak_rss_mb)
+    log.info("worker_stopped", participant=config.site.participant, peak_rss_mb=round(peak_mb, 1))
 
 
 def pages_of(workers: Sequence[Worker]) -> Pages:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -97,6 +98,7 @@ class Packing:
             return self.codec.decode(layout, encoded)
 
 
+@lru_cache(64)
 def packing(name: str) -> Packing:
     """The codec of that name. Raises ConfigError for one that is unknown here."""
     base = name.removesuffix(SQUEEZED)
