@@ -1,7 +1,8 @@
 """W5: what codecs save, and what they cost in accuracy.
 
     python -m benchmarks.codecs --picture docs/codecs.png
-    python -m benchmarks.codecs --task digits --out benchmarks/results/codecs_digits.json
+    python -m benchmarks.codecs --task digits --partition dirichlet:0.5 --seeds 1 \
+        --out benchmarks/results/codecs_digits.json
 
 Real training in whole runs on the embedded broker, for every codec: MNIST (`mnist-2nn`, `mnist-logreg`) and digits,
 with ten participants whose data is alike (`iid`) or skewed (`dirichlet:0.5`). Accuracy is the mean of the last five
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import click
 import numpy as np
@@ -248,25 +250,29 @@ def page(found: Sequence[Point]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
 
 
-def planned(tasks: Sequence[str], codecs: Sequence[str]) -> Iterator[tuple[str, str, str, int, str]]:
-    for task, partition in product(tasks, PARTITIONS):
-        for codec, seed in product(codecs, SEEDS[: SEEDS_OF[task]]):
+def planned(
+    tasks: Sequence[str], partitions: Sequence[str], codecs: Sequence[str], most_seeds: int
+) -> Iterator[tuple[str, str, str, int, str]]:
+    for task, partition, codec in product(tasks, partitions, dict.fromkeys(("none", *codecs))):
+        for seed in SEEDS[: min(SEEDS_OF[task], most_seeds)]:
             yield task, partition, codec, seed, "none"
     yield from ((LARGE_TASK, "iid", "none", SEEDS[0], down) for down in DOWN if LARGE_TASK in tasks)
 
 
 @click.command()
 @click.option("--task", "tasks", multiple=True, default=tuple(SEEDS_OF), help="Only these.")
+@click.option("--partition", "partitions", multiple=True, default=PARTITIONS, help="Only these.")
 @click.option("--codec", "codecs", multiple=True, default=CODECS, help="Only these, and none.")
+@click.option("--seeds", "most_seeds", default=len(SEEDS), show_default=True, help="At most so many of each task.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Where to draw it.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS / "codecs.json")
-def main(tasks: tuple[str, ...], codecs: tuple[str, ...], picture: Path | None, out: Path) -> None:
+def main(picture: Path | None, out: Path, **chosen: Any) -> None:
     """Measures, prints a table, and writes everything as JSON. What was measured already is kept beside it."""
     configure_logs("warning")
     done = out.with_suffix(".runs.jsonl")
     runs = [Run(**json.loads(row)) for row in done.read_text().splitlines()] if done.exists() else []
     known = {(run.task, run.partition, run.codec, run.seed, run.down) for run in runs}
-    for which in planned(tasks, [*dict.fromkeys(("none", *codecs))]):
+    for which in planned(**chosen):
         if which not in known:
             runs.append(run(*which))
             with done.open("a") as file:

@@ -6,7 +6,7 @@
 Four participants, random float32 in ten tensors, every participant changes every value, nothing is trained. Over
 RabbitMQ every participant is a process; it is checked that the model comes out with the bits that the same sums
 give in one process. Reference: the bare pump, as many bytes through the same queues and streams; for the embedded
-broker, the arithmetic alone. With bf16 updates and models travel rounded, and the pump sends float32 as before.
+broker, the arithmetic alone. With bf16 updates travel rounded; the pump sends float32 as before.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fluffle.chaos.node import Node
 from workers.task import TrainConfig
 
 MOST_CPU_RATIO, MOST_ROUNDED_RATIO, MOST_EMBEDDED_S = 1.3, 0.75, 0.45
-ROUNDED = CodecSettings(up="bf16", down="bf16")
+ROUNDED = CodecSettings(up="bf16")
 
 
 def load_of(mb: int, rounds: int) -> Load:
