@@ -198,7 +198,7 @@ def about(module: str) -> dict[str, Any]:
     rabbit = next((path.name for path in PROGRAMS.parent.glob("lib/rabbitmq_server-*")), "")
     packages = ("fluffle", "numpy", "pydantic", "aio-pika", "aiormq", "torch")
     return {
-        "command": " ".join([f"python -m benchmarks.{module}", *sys.argv[1:]]).removesuffix(".__main__"),
+        "command": " ".join([f"python -m benchmarks.{module}", *_without_out(sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(), **{package: version(package) for package in packages},
@@ -206,6 +206,13 @@ def about(module: str) -> dict[str, Any]:
         },
         "processor": platform.machine(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
+
+
+def _without_out(arguments: Sequence[str]) -> Iterator[str]:
+    """Where results go changes no number, and is nobody's business."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if "--out" not in (before, argument):
+            yield argument
 
 
 def report(module: str, lines: Sequence[Line], details: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,9 @@
     python -m benchmarks.training
 
 `fluffle simulate digits` with ten participants, SGD 0.1, batches of 32, one epoch and 20 rounds, against the same
-steps in one plain loop (`benchmarks/plain_digits.py`), as one would write it with scikit-learn's copy of the data, and once more
-with the file that we ship. Whole processes, with all that they import; three of each, in turns, of which the quickest
-counts.
+steps in one plain loop (`benchmarks/plain_digits.py`): as one would write it, with scikit-learn's copy of the data,
+and once more with the file that we ship. Whole processes, with all that they import; three of each, in turns, of
+which the quickest counts.
 """
 
 from __future__ import annotations
