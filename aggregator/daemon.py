@@ -21,7 +21,7 @@ from aggregator.archive import Archive, report_of
 from aggregator.garbage import Garbage
 from aggregator.intake import Intake, check_sender
 from aggregator.job import Job, Surroundings
-from aggregator.judge import judge, weight_of
+from aggregator.judge import damping, judge, weight_of
 from aggregator.lead import Lead
 from aggregator.ledger import Ledger, weighted_means
 from aggregator.marks import marked
@@ -33,6 +33,7 @@ from aggregator.registry import Registry
 from aggregator.round import Round, Step, reckoned
 from aggregator.status import RunStatus
 from aggregator.strategies import make_strategy
+from aggregator.strategies.contribution import Contribution
 from aggregator.takeover import Takeover, commit, mark_end
 from aggregator.ways import Ways
 from broker import tensors
@@ -347,7 +348,7 @@ class Term:
 
     async def _fold(self, update: UpdateReady, payload: memoryview, staleness: int) -> int:
         """Adds the update's arrays, if it has any, to the open round's sum; returns the weight."""
-        weight = weight_of(update.num_examples, staleness, self.settings.round)
+        weight = weight_of(update.num_examples, self.settings.round)
         if update.arrays == "none":
             return weight
         if update.arrays != self.strategy.wants:
@@ -357,8 +358,8 @@ class Term:
         arrays = await self.intake.arrays(update, payload, self.model, len(self.blob))
         if update.body and update.body.where != "inline":
             self.bytes_up += update.body.size_bytes
-        how = (arrays, weight, update.participant, update.effective_steps)
-        await off_loop(self._work_bytes, self.strategy.add, *how)
+        by = Contribution(weight, update.participant, update.effective_steps, damping(staleness))
+        await off_loop(self._work_bytes, self.strategy.add, arrays, by)
         return weight
 
     async def _refuse(self, delivery: Delivery, message: Message | None, bad: BadMessage) -> None:

@@ -67,7 +67,11 @@ def _answers(update: UpdateReady, opened: OpenRound) -> Judgement:
     return Judgement("counted")
 
 
-def weight_of(num_examples: int, staleness: int, settings: RoundSettings) -> int:
-    """Integer weight of an update: its capped examples, damped by 1/sqrt(1 + staleness) (FedBuff, Nguyen 2022)."""
-    capped = min(num_examples, settings.max_examples)
-    return max(1, round(capped / math.sqrt(1 + staleness)))
+def weight_of(num_examples: int, settings: RoundSettings) -> int:
+    """Integer weight of an update: its examples, capped."""
+    return min(num_examples, settings.max_examples)
+
+
+def damping(staleness: int) -> float:
+    """s(tau) = 1/sqrt(1 + tau), by which a stale update is scaled (FedBuff, Nguyen et al., 2022, Alg. 1)."""
+    return 1 / math.sqrt(1 + staleness)

@@ -73,8 +73,12 @@ class FixedPointSum:
         for accumulator in self._sums.values():
             accumulator.fill(0)
 
-    def add(self, arrays: Named, weight: int, divisors: Mapping[str, float] | None = None) -> None:
-        """Adds weight * arrays, all or nothing; those of `divisors` (1 or more) are divided by them first.
+    def add(
+        self, arrays: Named, weight: int, damping: float = 1.0, divisors: Mapping[str, float] | None = None
+    ) -> None:
+        """Adds weight * damping * arrays, all or nothing; those of `divisors` are divided by them, too.
+
+        `damping` is at most 1, a divisor at least 1: neither changes what the sum is divided by in the end.
 
         Raises BadMessage if a value is out of bounds or not finite.
         """
@@ -83,7 +87,7 @@ class FixedPointSum:
         for name, values in arrays.items():
             check_within(self._scales[name].bound, name, values)
         for name, values in arrays.items():
-            self._fold(name, values, weight / (divisors or {}).get(name, 1.0))
+            self._fold(name, values, weight * damping / (divisors or {}).get(name, 1.0))
         self.weight += weight
 
     def _fold(self, name: str, values: NDArray[Any], weight: float) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from aggregator.judge import weight_of
 from aggregator.settings import CodecSettings
 from aggregator.strategies import make_strategy
+from aggregator.strategies.contribution import Contribution
 from benchmarks import embedded
 from benchmarks.fleet import THROUGH_BROKER, Beside, Load, Measured, rabbit, run_bare, run_fluffle
 from benchmarks.measure import BYTES_PER_MB, RESULTS, line, report, table, write
@@ -51,7 +52,7 @@ def expected(load: Load) -> str:
             deltas = {key: np.subtract(values, model[key]) for key, values in trained.arrays.items()}
             if up.name != NONE:
                 deltas = up.unpack(up.pack(deltas, {}, np.random.default_rng(0)).body, model)
-            strategy.add(deltas, weight_of(trained.num_examples, 0, run.round), name)
+            strategy.add(deltas, Contribution(weight_of(trained.num_examples, run.round), name))
         before, model = model, strategy.finish()
         if run.codec.down != NONE:
             model, _ = difference(run.codec.down, before, model)

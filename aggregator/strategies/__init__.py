@@ -12,6 +12,7 @@ from aggregator.strategies.adaptive import Adaptive, NextV, adagrad, adam, yogi
 from aggregator.strategies.bulyan import Bulyan
 from aggregator.strategies.clipping import Clipped
 from aggregator.strategies.collected import Collected, RobustRule
+from aggregator.strategies.contribution import Contribution
 from aggregator.strategies.diloco import DiLoCo
 from aggregator.strategies.fedavg import FedAvg
 from aggregator.strategies.fedavgm import FedAvgM
@@ -46,9 +47,8 @@ class Strategy(Protocol):
         StateError if model or state cannot be gone on from.
         """
 
-    def add(self, arrays: Named, weight: int, participant: str, effective_steps: float = 0.0) -> None:
-        """Takes one update, all or nothing; `effective_steps` as its sender says, 0 if it does not. Its arrays may
-        be decoded anew whenever they are asked for.
+    def add(self, arrays: Named, by: Contribution) -> None:
+        """Takes one update, all or nothing. Its arrays may be decoded anew whenever they are asked for.
 
         Raises BadMessage if it cannot be summed, or decoded.
         """

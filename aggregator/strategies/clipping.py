@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aggregator.strategies.contribution import Contribution
 from aggregator.sums import BLOCK, starts
 from broker.errors import BadMessage
 from broker.tensors import Arrays, Named
@@ -37,13 +38,13 @@ class Clipped:
     def start(self, model: Arrays, state: Arrays) -> None:
         self._strategy.start(model, state)
 
-    def add(self, arrays: Named, weight: int, participant: str, effective_steps: float = 0.0) -> None:
+    def add(self, arrays: Named, by: Contribution) -> None:
         norm = norm_of(arrays)
         if not math.isfinite(norm):
             raise BadMessage("the update has values that are not finite, or no norm")
         if norm > self._clip_norm:
             arrays = scaled(arrays, self._clip_norm / norm)
-        self._strategy.add(arrays, weight, participant, effective_steps)
+        self._strategy.add(arrays, by)
 
     def finish(self, out: Arrays | None = None) -> Arrays:
         return self._strategy.finish(out)

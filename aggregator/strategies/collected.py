@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from aggregator.stack import Rows, Stack
 from aggregator.strategies.buffers import parameters
+from aggregator.strategies.clipping import scaled
+from aggregator.strategies.contribution import Contribution
 from aggregator.sums import Scale, check_within, put
 from broker.errors import StateError
 from broker.tensors import Arrays, Named
@@ -33,8 +35,8 @@ class RobustRule(Protocol):
 class Collected:
     """x <- x + server_lr * rule(Delta_1, ..., Delta_n), with one update per participant and no weights.
 
-    What a participant says about its number of examples is not believed: one could outweigh all others. A late
-    update that is folded is one among the others; if its participant delivers again, the newer one takes its place.
+    What a participant says about its number of examples is not believed: one could outweigh all others. A stale
+    update is one among the others, damped; if its participant delivers again, the newer one takes its place.
 
     Integers and buffers (see `buffers.py`) are on another scale than parameters: they do not count in distances,
     and are combined by the coordinate median, integers rounded to the nearest.
@@ -59,10 +61,12 @@ class Collected:
         self._bounds = {name: Scale.of(name, values, 1, 1).bound for name, values in model.items()}
         self._stack = Stack(model, self._scratch)
 
-    def add(self, arrays: Named, weight: int, participant: str, effective_steps: float = 0.0) -> None:  # noqa: ARG002 - see above
+    def add(self, arrays: Named, by: Contribution) -> None:
+        if by.damping < 1:
+            arrays = scaled(arrays, by.damping)
         for name, values in arrays.items():
             check_within(self._bounds[name], name, values)
-        self._stack.put(participant, arrays)
+        self._stack.put(by.participant, arrays)
 
     def finish(self, out: Arrays | None = None) -> Arrays:
         if len(self._stack) < self._rule.least:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Literal
 
 from aggregator.strategies.buffers import parameters
+from aggregator.strategies.contribution import Contribution
 from aggregator.sums import FixedPointSum
 from broker.tensors import Arrays, Named
 
@@ -30,8 +31,8 @@ class FedAvg:
         self._model = model
         self._sum.start(model)
 
-    def add(self, arrays: Named, weight: int, participant: str, effective_steps: float = 0.0) -> None:  # noqa: ARG002 - all count alike
-        self._sum.add(arrays, weight)
+    def add(self, arrays: Named, by: Contribution) -> None:
+        self._sum.add(arrays, by.weight, by.damping)
 
     def finish(self, out: Arrays | None = None) -> Arrays:
         rates = dict.fromkeys(parameters(self._model, self._buffers), self._server_lr)

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import Literal
 
 from aggregator.strategies.buffers import parameters
+from aggregator.strategies.contribution import Contribution
 from aggregator.sums import FixedPointSum
 from broker.errors import BadMessage
 from broker.tensors import Arrays, Named
@@ -41,14 +42,15 @@ class FedNova:
         self._weighted_steps.clear()
         self._sum.start(model)
 
-    def add(self, arrays: Named, weight: int, participant: str, effective_steps: float = 0.0) -> None:  # noqa: ARG002
-        if not 1 <= effective_steps <= self._most_steps:
+    def add(self, arrays: Named, by: Contribution) -> None:
+        steps = by.effective_steps
+        if not 1 <= steps <= self._most_steps:
             raise BadMessage(
-                f"effective_steps = {effective_steps:g}, but fednova takes 1 to {self._most_steps:g}: the learning "
+                f"effective_steps = {steps:g}, but fednova takes 1 to {self._most_steps:g}: the learning "
                 "task must tell them (TrainResult.effective_steps); strategy.steps_max is the limit"
             )
-        self._sum.add(arrays, weight, dict.fromkeys(self._parameters, effective_steps))
-        self._weighted_steps.append(weight * effective_steps)
+        self._sum.add(arrays, by.weight, by.damping, dict.fromkeys(self._parameters, steps))
+        self._weighted_steps.append(by.weight * steps)
 
     def finish(self, out: Arrays | None = None) -> Arrays:
         tau_eff = math.fsum(self._weighted_steps) / self._sum.weight  # exact, so in any order the same

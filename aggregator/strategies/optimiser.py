@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregator.strategies.buffers import parameters
+from aggregator.strategies.contribution import Contribution
 from aggregator.sums import FixedPointSum, blocks, put
 from broker.errors import BadMessage, StateError
 from broker.tensors import MAX_NAME, Arrays, Named, check_like
@@ -51,8 +52,8 @@ class ServerOptimiser:
         self._sum.start(model)
         self._check()
 
-    def add(self, arrays: Named, weight: int, participant: str, effective_steps: float = 0.0) -> None:  # noqa: ARG002 - all count alike
-        self._sum.add(arrays, weight)
+    def add(self, arrays: Named, by: Contribution) -> None:
+        self._sum.add(arrays, by.weight, by.damping)
 
     def finish(self, out: Arrays | None = None) -> Arrays:
         moved = out or {name: np.empty_like(values) for name, values in self._model.items()}

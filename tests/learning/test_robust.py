@@ -27,6 +27,7 @@ from aggregator.strategies import geometric_median as rfa
 from aggregator.strategies.buffers import parameters
 from aggregator.strategies.bulyan import Bulyan, mean_around_median
 from aggregator.strategies.collected import Collected
+from aggregator.strategies.contribution import Contribution
 from aggregator.strategies.krum import scores, squared_distances
 from broker.errors import BadMessage, ConfigError, StateError
 from broker.messages import Scalar
@@ -60,7 +61,7 @@ def combined(made: Strategy, updates: Sequence[Arrays], model: Arrays | None = N
     model = model or {name: np.zeros_like(values) for name, values in updates[0].items()}
     made.start(model, {})
     for i, update in enumerate(updates):
-        made.add(update, 1 + 100 * i, f"p{i:02d}")
+        made.add(update, Contribution(1 + 100 * i, f"p{i:02d}"))
     return made.finish()
 
 
@@ -245,7 +246,7 @@ def check_order() -> None:
         for order in list(permutations(updates))[::631]:
             made.start(model, {})
             for participant in order:
-                made.add(updates[participant], 1, participant)
+                made.add(updates[participant], Contribution(1, participant))
             digests.add(encode(made.finish()))
         assert len(digests) == 1, name
 
@@ -255,9 +256,9 @@ def check_one_each() -> None:
     made = strategy("median", 3)
     made.start({"w": np.zeros(1)}, {})
     for participant, value in (("b", -900.0), ("a", 1.0), ("c", 2.0), ("b", 3.0)):
-        made.add({"w": np.array([value])}, 1, participant)
+        made.add({"w": np.array([value])}, Contribution(1, participant))
     with pytest.raises(BadMessage):
-        made.add({"w": np.array([math.nan])}, 1, "b")
+        made.add({"w": np.array([math.nan])}, Contribution(1, "b"))
     assert made.finish()["w"].tolist() == [2.0]
 
 
@@ -268,10 +269,10 @@ def check_not_finite() -> None:
         made = strategy(name, 7)
         made.start({"a": np.zeros(2), "b": np.zeros(3)}, {})
         for i, vector in enumerate(vectors):
-            made.add({"a": vector[:2], "b": vector[2:]}, 1, f"p{i:02d}")
+            made.add({"a": vector[:2], "b": vector[2:]}, Contribution(1, f"p{i:02d}"))
         for value in (math.nan, math.inf, -1025.0):
             with pytest.raises(BadMessage, match="tensor 'b' has values that are not finite or beyond ±1024"):
-                made.add({"a": vectors[0][:2], "b": np.array([0, 0, value])}, 1, "p99")
+                made.add({"a": vectors[0][:2], "b": np.array([0, 0, value])}, Contribution(1, "p99"))
         found = made.finish()
         assert np.concatenate([found["a"], found["b"]]) == pytest.approx(by_rule(name, vectors))
 
@@ -288,7 +289,7 @@ def check_memory(*names: str, size: int = 1 << 20) -> None:
         tracemalloc.start()
         made.start(model, {})
         for i, update in enumerate(updates):
-            made.add(update, 1, f"p{i:02d}")
+            made.add(update, Contribution(1, f"p{i:02d}"))
         made.finish({"w": np.zeros_like(model["w"])})
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -301,8 +302,8 @@ def check_clipping() -> None:
     short = {"a": np.array([0.0, 0.6]), "b": np.array([0.8]), "n": np.array([2])}
     made = strategy("fedavg", 2, clip_norm=2.0)
     made.start({name: np.zeros_like(values) for name, values in long.items()}, {})
-    made.add(long, 10, "a")
-    made.add(short, 30, "b")
+    made.add(long, Contribution(10, "a"))
+    made.add(short, Contribution(30, "b"))
     found = made.finish()
     assert found["a"] == pytest.approx([0.25 * 1.2, 0.75 * 0.6], abs=1e-6)
     assert found["b"] == pytest.approx([0.25 * 1.6 + 0.75 * 0.8], abs=1e-6)
@@ -349,12 +350,14 @@ def _one_neighbour_more(squares: Vectors, neighbours: int) -> Vectors:
     return scores(squares, neighbours + 1)
 
 
-def _believes_weights(self: Collected, arrays: Arrays, weight: int, participant: str) -> None:
-    self._stack.put(participant, {name: (values * weight).astype(values.dtype) for name, values in arrays.items()})
+def _believes_weights(self: Collected, arrays: Arrays, by: Contribution) -> None:
+    self._stack.put(
+        by.participant, {name: (values * by.weight).astype(values.dtype) for name, values in arrays.items()}
+    )
 
 
-def _on_weights(self: Collected, arrays: Arrays, weight: int, participant: str) -> None:
-    self._stack.put(participant, {name: values + self._model[name] for name, values in arrays.items()})
+def _on_weights(self: Collected, arrays: Arrays, by: Contribution) -> None:
+    self._stack.put(by.participant, {name: values + self._model[name] for name, values in arrays.items()})
 
 
 def _all_pairs(self: stack.Stack, names: Sequence[str]) -> Vectors:
@@ -506,7 +509,7 @@ MISTAKES: dict[str, tuple[Callable[[], None], str, Any]] = {
     "clipping: after the mean": (
         check_clipping,
         f"{S}.clipping.Clipped.add",
-        lambda self, arrays, weight, participant: self._strategy.add(arrays, weight, participant),
+        lambda self, arrays, by: self._strategy.add(arrays, by),
     ),
     "clipping: counters count": (
         check_clipping,

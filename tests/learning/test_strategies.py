@@ -6,7 +6,7 @@ Rounds are given as what participants sent, so that a strategy can be followed o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from aggregator.settings import RoundSettings, StrategySettings
 from aggregator.strategies import STRATEGIES, Strategy, make_strategy
 from aggregator.strategies.adaptive import adam, yogi
+from aggregator.strategies.contribution import Contribution
 from aggregator.strategies.fedavg import FedAvg
 from aggregator.strategies.fednova import FedNova
 from aggregator.strategies.optimiser import Block, ServerOptimiser
@@ -67,7 +68,7 @@ ROUNDS_OF = RoundSettings(participants=3, max_examples=MOST)
 
 
 def give(strategy: Strategy, one: Sent) -> None:
-    strategy.add(one.arrays, one.examples, "p", one.steps)
+    strategy.add(one.arrays, Contribution(one.examples, "p", one.steps))
 
 
 def after_each_round(strategy: Strategy, rounds: Sequence[Sequence[Sent]] = ROUNDS) -> list[Arrays]:
@@ -319,8 +320,8 @@ class Nova(FedNova):
         super().start(model, state)
         self.number += 1
 
-    def add(self, arrays: Named, weight: int, participant: str, effective_steps: float = 0.0) -> None:
-        super().add(arrays, weight, participant, self.told(effective_steps))
+    def add(self, arrays: Named, by: Contribution) -> None:
+        super().add(arrays, replace(by, effective_steps=self.told(by.effective_steps)))
 
     def finish(self, out: Arrays | None = None) -> Arrays:
         if self.tau is not None:
@@ -337,8 +338,8 @@ def unweighted(round_: Sequence[Sent]) -> float:
 
 
 class OneVoteEach(FedAvg):
-    def add(self, arrays: Named, weight: int, participant: str, effective_steps: float = 0.0) -> None:
-        super().add(arrays, 1, participant, effective_steps)
+    def add(self, arrays: Named, by: Contribution) -> None:
+        super().add(arrays, replace(by, weight=1))
 
 
 class NoCounters(FedAvg):
@@ -450,7 +451,7 @@ def test_moments_are_float32_at_least_and_only_those_of_parameters() -> None:
     small = {"half": np.zeros(3, np.float16), "double": np.zeros(3), "count": np.array(0), "mean": np.zeros(3)}
     strategy = named("fedadam", buffers="mean, *running_var")
     strategy.start(small, {})
-    strategy.add({name: np.full_like(values, 1) for name, values in small.items()}, 5, "p")
+    strategy.add({name: np.full_like(values, 1) for name, values in small.items()}, Contribution(5, "p"))
     assert strategy.finish()["mean"].tolist() == [1, 1, 1]
     assert {name: array.dtype for name, array in strategy.state.items()} == {
         "m/half": np.float32, "v/half": np.float32, "m/double": np.float64, "v/double": np.float64

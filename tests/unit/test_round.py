@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.judge import judge, weight_of
+from aggregator.judge import damping, judge, weight_of
 from aggregator.round import Round, Step, deadline_s, reckoned
 from aggregator.settings import RoundSettings
 from broker.head import HeadRecord, OpenRound
@@ -357,11 +357,14 @@ def test_a_task_that_nobody_remembers_is_late_and_never_folds() -> None:
     assert (judged.verdict, judged.folds) == ("late", False)
 
 
-@given(num_examples=st.integers(1, 1 << 40), staleness=st.integers(0, 900), most=st.integers(1, 1 << 30))
-def test_weights_are_capped_examples_damped_by_staleness(num_examples: int, staleness: int, most: int) -> None:
-    weight = weight_of(num_examples, staleness, RoundSettings(max_examples=most))
-    assert 1 <= weight <= most
-    assert weight == max(1, round(min(num_examples, most) / math.sqrt(1 + staleness)))
+@given(num_examples=st.integers(1, 1 << 40), most=st.integers(1, 1 << 30))
+def test_weights_are_capped_examples(num_examples: int, most: int) -> None:
+    assert weight_of(num_examples, RoundSettings(max_examples=most)) == min(num_examples, most)
+
+
+def test_a_fresh_update_is_not_damped_and_a_stale_one_by_the_root_of_its_age() -> None:
+    """Not 1/(1 + sqrt(tau)), and no version too many: both were got wrong elsewhere."""
+    assert [damping(staleness) for staleness in (0, 3, 8)] == [1.0, 0.5, pytest.approx(1 / 3)]
 
 
 def test_a_copy_with_another_cohort_asks_that_one() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from aggregator.settings import RoundSettings, StrategySettings
 from aggregator.strategies import make_strategy
+from aggregator.strategies.contribution import Contribution
 from aggregator.strategies.fedavg import FedAvg
 from aggregator.strategies.fedsgd import FedSGD
 from aggregator.sums import BLOCK, FixedPointSum, Scale
@@ -233,7 +234,7 @@ def test_fedavg_is_the_mean_of_the_models_weighted_by_examples() -> None:
     fedavg = FedAvg(FixedPointSum(MOST, CAP), 1.0)
     fedavg.start(base, {})
     for local, examples in ((one, 30), (two, 10)):
-        fedavg.add({"w": local["w"] - base["w"]}, examples, "p")
+        fedavg.add({"w": local["w"] - base["w"]}, Contribution(examples, "p"))
     assert fedavg.finish()["w"].tolist() == [3.5, 2.0]
     fedavg.finish(base)
     assert base["w"].tolist() == [3.5, 2.0], "it may take the place of the old one"
@@ -242,7 +243,7 @@ def test_fedavg_is_the_mean_of_the_models_weighted_by_examples() -> None:
 def test_the_servers_step_size_scales_the_mean_change() -> None:
     fedavg = FedAvg(FixedPointSum(MOST, CAP), 0.5)
     fedavg.start({"w": np.array([1.0])}, {})
-    fedavg.add({"w": np.array([4.0])}, 7, "p")
+    fedavg.add({"w": np.array([4.0])}, Contribution(7, "p"))
     assert fedavg.finish()["w"].tolist() == [3.0]
 
 
@@ -257,7 +258,7 @@ def test_fedsgd_with_full_batches_is_gradient_descent_on_the_pooled_data() -> No
         fedsgd.start(federated, {})
         for shard in shards:
             gradient = 2 * x[shard].T @ (x[shard] @ federated["w"] - y[shard]) / len(x[shard])
-            fedsgd.add({"w": gradient}, len(x[shard]), "p")
+            fedsgd.add({"w": gradient}, Contribution(len(x[shard]), "p"))
         federated = fedsgd.finish()
         central = central - rate * 2 * x.T @ (x @ central - y) / len(x)
         assert federated["w"] == pytest.approx(central, abs=1e-7)
@@ -269,6 +270,6 @@ def test_strategies_are_made_by_name_with_room_for_every_update_and_late_ones() 
     assert fedsgd.wants == "gradient"
     fedsgd.start({"w": np.zeros(1)}, {})
     for _ in range(2 * rounds.most_asked):
-        fedsgd.add({"w": np.ones(1)}, 100, "p")
+        fedsgd.add({"w": np.ones(1)}, Contribution(100, "p"))
     with pytest.raises(ConfigError, match="did you mean 'fedavg'"):
         make_strategy(StrategySettings(name="fedavgg"), rounds)
