@@ -79,7 +79,7 @@ class Federation:
         return Aggregator(self.job(run, **options), self.broker, self.directory, around)
 
     def worker(
-        self, name: str, lag_s: Callable[[float], float] = lambda _: 0.0, broker: Broker | None = None
+        self, name: str, lag_s: Callable[..., float] = lambda *_: 0.0, broker: Broker | None = None
     ) -> Worker:
         task = self.tasks.setdefault(name, Pull(name, self.size))
         journal = self.journals.setdefault(name, MemoryJournal())
@@ -146,7 +146,7 @@ class Crowd:
     def start(self, *participants: str, lag_s: float = 0.0) -> None:
         """Starts a worker for each, or another one after the first is gone. `lag_s`: how long it seems to train."""
         for name in participants:
-            worker = self.workers[name] = self.federation.worker(name, lambda trained_s: lag_s)
+            worker = self.workers[name] = self.federation.worker(name, lambda *_: lag_s)
             self.running[name] = self.group.create_task(worker.run(), name=name)
 
     async def stop(self, name: str) -> None:
