@@ -153,11 +153,15 @@ class Presence:
         task, again = self._begun
         self._begun = (told.task, again + 1 if told.task == task else 0)
         lag_s = self._delay_s() + self._habits.transfer_s(told, update)
+        if self._habits.dropout:
+            self._draw_fate(lag_s)
+        return lag_s
+
+    def _draw_fate(self, lag_s: float) -> None:
         fate = generator(self._habits.seed, "dropout", self.participant, *self._begun)
         if fate.random() < self._habits.dropout:
             back_s = self._habits.back_after.seconds(self.participant, self.dropouts, fate)
             self._later(lag_s * fate.random(), self._drop_out, back_s)
-        return lag_s
 
     def _delay_s(self) -> float:
         habits, count = self._habits, self._count
