@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 import structlog
 
@@ -12,7 +11,7 @@ from aggregator.round import Round
 from aggregator.settings import RunSettings
 from broker.errors import Unroutable
 from broker.head import HeadRecord
-from broker.messages import Fate, Join, Status, TrainRound
+from broker.messages import Fate, Join, Status, TrainRound, Wants
 from broker.retry import publish
 from broker.topology import EVERYONE, Topology
 from broker.wire import encode
@@ -24,12 +23,13 @@ FANOUT = 1000  # up to so many participants share one message; beyond, each gets
 Fates = Mapping[str, tuple[int, Fate]]
 
 
-def reply_to(status: Status, head: HeadRecord, settled: Fates, *, awaited: bool) -> Fates | None:
+def reply_to(status: Status, head: HeadRecord, settled: Fates, current: Round | None) -> Fates | None:
     """What a status calls for: nothing (None), or the newest TrainRound, with a fate if one is to be added.
 
     Only committed fates are told: an update that was accepted but not committed may still be needed again.
     """
     who, nobody = status.participant, (0, "missing")
+    awaited = current is not None and current.awaits(who)
     silence: Fates | None = {} if isinstance(status, Join) else None
     if status.run_id != head.run_id:
         return {}
@@ -37,19 +37,19 @@ def reply_to(status: Status, head: HeadRecord, settled: Fates, *, awaited: bool)
         if head.settled.get(who, nobody)[0] >= status.task:
             return {}
         task, fate = settled.get(who, nobody)
-        if task >= status.task:  # refused and asked again: what it holds is of no use, whoever leads
-            return {who: (task, "refused")} if awaited and fate == "refused" else silence
+        if task >= status.task and awaited:  # asked again: if it was refused, what it holds is of no use
+            return {who: (task, "refused")} if fate == "refused" else {}
+        if task >= status.task:
+            return silence
         return {who: (status.task, "missing")}
-    works_on_it = status.phase == "training" and status.task == head.task
+    works_on_it = status.phase == "training" and current is not None and current.offers(status.task)
     return {} if awaited and not works_on_it else silence
 
 
 class Announcer:
     """Publishes TrainRound messages to one participant or to all, and counts their bytes."""
 
-    def __init__(
-        self, lead: Lead, topology: Topology, settings: RunSettings, wants: Literal["delta", "gradient"]
-    ) -> None:
+    def __init__(self, lead: Lead, topology: Topology, settings: RunSettings, wants: Wants) -> None:
         self._lead = lead
         self._topology = topology
         self._settings = settings
@@ -58,11 +58,15 @@ class Announcer:
 
     async def announce(self, open_round: Round | None, live: Sequence[str], now: float) -> None:
         """Tells everybody: who is asked for what, the newest model, what became of the last updates."""
-        missing = open_round.missing if open_round else []
+        missing = open_round.to_tell if open_round else []
         head = self._lead.record
         if len(live) <= FANOUT and len(missing) <= FANOUT:
             fates = {p: head.settled[p] for p in live if p in head.settled}
-            await self._publish(EVERYONE, self._order(open_round, missing, fates, now), len(live))
+            first = [p for p in missing if open_round and not open_round.turn(p)]
+            await self._publish(EVERYONE, self._order(open_round, first, fates, now), len(live))
+            for participant in missing if len(first) < len(missing) else ():
+                if participant not in first:  # it has done a task of this version, and is asked for its next
+                    await self.tell(participant, {}, open_round, now)
         else:
             closed = head.closed.task if head.closed else 0
             told = set(live) if head.finished else {p for p, (task, _) in head.settled.items() if task == closed}
@@ -77,13 +81,16 @@ class Announcer:
         asked = [participant] if open_round and open_round.awaits(participant) else []
         await self._publish(participant, self._order(open_round, asked, {**own, **fates}, now), 1)
 
-    def _order(self, open_round: Round | None, asked: Iterable[str], fates: Fates, now: float) -> TrainRound:
+    def _order(self, open_round: Round | None, asked: Sequence[str], fates: Fates, now: float) -> TrainRound:
+        """All who are asked are asked for the same task."""
         head, opened = self._lead.record, open_round.open if open_round else None
+        turn = open_round.turn(asked[0]) if open_round and asked else 0
         return TrainRound(
             run_id=head.run_id,
             epoch=head.epoch,
             seq=head.seq,
-            task=head.task,
+            task=opened.task + turn if opened else head.task,
+            turn=turn,
             round=opened.round if opened else head.round,
             attempt=opened.attempt if opened else 0,
             work=opened.work if opened else "none",
@@ -98,7 +105,7 @@ class Announcer:
             codecs=self._settings.codec.allowed,
             seed=self._settings.seed,
             deadline_s=max(0.0, opened.deadline - now) if opened else 0.0,
-            late_counts=self._settings.round.late == "fold",
+            late_counts=self._settings.round.takes_stale,
             fates=dict(fates),
             finished=bool(head.finished),
         )
@@ -118,7 +125,7 @@ def _fetched_bytes(head: HeadRecord, participant: str) -> int:
     if head.model is None or head.model.where == "inline":
         return 0
     last_task = head.settled.get(participant, (0, ""))[0]
-    started_from = {task: sha256 for task, version, sha256 in head.lineage if version}  # nobody keeps version 0
-    if head.difference is not None and started_from.get(last_task) == head.difference.base:
+    version, sha256 = head.base_of(last_task) or (0, "")
+    if head.difference is not None and version and sha256 == head.difference.base:  # nobody keeps version 0
         return head.difference.body.size_bytes
     return head.model.size_bytes

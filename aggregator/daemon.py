@@ -16,6 +16,7 @@ import structlog
 from aggregator import control, plan, status
 from aggregator.announcer import Announcer, reply_to
 from aggregator.archive import Archive, report_of
+from aggregator.buffered import Buffer
 from aggregator.garbage import Garbage
 from aggregator.intake import Intake, check_sender
 from aggregator.job import Job, Surroundings
@@ -217,6 +218,8 @@ class Term:
             if delivery is None:
                 raise LeadershipLost(f"{self.topology.updates} gave nothing up to its barrier at {self.end}")
             await self._receive(delivery)
+            if isinstance(self.round, Buffer) and self.round.is_full:  # else it would take all that came meanwhile
+                await self._close(self.round, self.around.clock())
         return updates
 
     async def _read_rest(self) -> None:
@@ -253,7 +256,7 @@ class Term:
         """Forgets what was decided since the record, or begins what it opened."""
         self.ledger, self.position = Ledger(self.head), self.head.updates_from
         opened = self.head.open and reckoned(self.head.open, self.settings.round, self.around.clock())
-        self.round = Round(opened, self.settings.round) if opened else None
+        self.round = plan.open_round(opened, self.settings.round) if opened else None
         self.arrived_s.clear()
         self.removed = set(control.removed_at_offset(self.head))
         if self.round and self.round.open.work == "train":
@@ -310,13 +313,12 @@ class Term:
                 await self._update(message, payload, delivery)
             case Join() | Heartbeat():
                 await self._heard(message)
-            case TrainFailed() if self.round and (message.run_id, message.task) == (
-                self.head.run_id,
-                self.head.task,
+            case TrainFailed() if (
+                self.round and message.run_id == self.head.run_id and self.round.offers(message.task)
             ):
                 self._note("training_failed", participant=message.participant, error=message.error)
                 self.last_failure = f"{message.participant} says {message.error}"
-                self.round.fail(message.participant)
+                self.round.fail(message.participant, message.task)
             case Leave():
                 self.registry.leave(message.participant)
                 if self.round:
@@ -336,10 +338,10 @@ class Term:
                 weight = await self._fold(update, payload, judged.staleness) if judged.folds else 0
                 self.ledger.late(update, offset, weight, judged.staleness, judged.reason)
             case "counted" if self.round:
-                weight = await self._fold(update, payload, 0)
-                self.ledger.counted(update, offset, weight)
+                weight = await self._fold(update, payload, judged.staleness)
+                self.ledger.counted(update, offset, weight, judged.staleness)
                 self.quotas.refund(update.participant, len(delivery.body))
-                self.round.accept(update.participant, weight)
+                self.round.accept(update.participant, weight, update.task)
                 if self.caught_up:  # what is read again came at another time
                     self.arrived_s[update.participant] = self.around.clock() - self.round.open.opened
 
@@ -370,10 +372,10 @@ class Term:
         unread = self.archive.poison.is_refused(self.head.run_id, delivery.offset)
         if unread and self.round and self.round.awaits(delivery.sender):
             task = self.round.open.task  # nobody read it, but it is what was waited for
-        answers = self.round is not None and task == self.round.open.task and not isinstance(bad, ChunksMissing)
+        answers = self.round is not None and self.round.offers(task) and not isinstance(bad, ChunksMissing)
         self.ledger.refused(delivery.sender, task, delivery.offset, reason, settles=answers)
         if self.round and answers:
-            self.round.fail(delivery.sender)
+            self.round.fail(delivery.sender, task)
             self.last_failure = f"the update of {delivery.sender} was refused: {reason}"
         self._note("update_rejected", participant=delivery.sender, offset=delivery.offset, reason=reason)
         note = Rejected(offset=delivery.offset, participant=delivery.sender, reason=reason[:2000])
@@ -390,8 +392,7 @@ class Term:
             cohort = tuple(sorted((*self.round.open.cohort, told.participant)))
             opened = self.round.open.model_copy(update={"cohort": cohort})
             await self._reopen(self.round, self.head.with_(open=opened))
-        awaited = self.round is not None and self.round.awaits(told.participant)
-        fates = reply_to(told, self.head, self.ledger.settled, awaited=awaited)
+        fates = reply_to(told, self.head, self.ledger.settled, self.round)
         if fates is not None:
             await self.announcer.tell(told.participant, fates, self.round, self.around.clock())
 
@@ -462,8 +463,10 @@ class Term:
                     self._note("round_extended", round=self.round.open.round, missing=self.round.missing)
                     await self.models.put_again(self.head.run_id, self.head.model, self.blob)
                     live = self.registry.live(now)
-                    await self._reopen(self.round, self.head.with_(open=self.round.extended(now, live, live)))
+                    await self._reopen(self.round, plan.extended(self.head, self.round, live, self.settings, now))
                     await self._announce()
+                case Step.WAIT:
+                    await self._invite(self.round, now)
         if now >= self.refresh_at:
             await self._refresh()
 
@@ -483,15 +486,17 @@ class Term:
         )  # fmt: skip
         self.bytes_up = self.announcer.bytes_down = 0
         record, live = record.with_(closed=closed, open=None), self.registry.live(now)
-        await self._commit_progress(plan.continued(record, opened.work, live, self.settings, now))
+        await self._commit_progress(plan.continued(record, closing, live, self.settings, now))
         if report := report_of(self.head):
             self.around.on_report(report)
+        if self.round:
+            self.round.goes_on_after(closing)
         if not self.head.finished:
             await self._announce()
         await self.garbage.collect(self.head, now)
 
     def _pace(self, closing: Round, now: float) -> tuple[float, ...]:
-        if self.settings.round.deadline == "fixed":
+        if self.settings.round.deadline == "fixed" or self.settings.round.is_buffered:
             return ()
         return grown(self.head.pace, self.arrived_s.values(), len(closing.missing), now - closing.open.opened)
 
@@ -593,6 +598,12 @@ class Term:
         await self.archive.keep_up()
         await commit(self.lead, record, Bodies(self.blob, self.state_blob))
         self.refresh_at = self.around.clock() + self.settings.broker.refresh_s
+
+    async def _invite(self, current: Round, now: float) -> None:
+        """Where nobody waits for the round to close, whoever is done is asked for more, or somebody else is."""
+        if self.settings.round.is_buffered:
+            for participant in current.invited(self.registry.live(now), self.settings.seed):
+                await self.announcer.tell(participant, {}, current, now)
 
     def _note(self, event: str, **fields: object) -> None:
         self.around.on_notice(event, fields)

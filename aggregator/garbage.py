@@ -41,7 +41,7 @@ def is_decided(record: HeadRecord, participant: str, task: int) -> bool:
 def update_needed(record: HeadRecord, participant: str, task: int, settings: RoundSettings) -> bool:
     """Whether an update, announced or not, could still be added to a sum."""
     oldest = record.task
-    if settings.late == "fold":
+    if settings.takes_stale:
         fresh = record.version - settings.staleness_max
         oldest = min((known for known, version, _ in record.lineage if version >= fresh), default=oldest)
     return not record.finished and task >= oldest and not is_decided(record, participant, task)

@@ -30,12 +30,14 @@ def judge(update: UpdateReady, head: HeadRecord, settled: Settled, settings: Rou
     last_task, last_verdict = settled.get(update.participant, (0, "refused"))
     if update.task < last_task or (update.task == last_task and last_verdict != "refused"):
         return Judgement("duplicate", f"task {update.task} of {update.participant} was decided before")
-    base = next((line for line in reversed(head.lineage) if line[0] == update.task), None)
+    base = head.base_of(update.task)
     if base is None:
         return Judgement("late", f"task {update.task} is older than any that is remembered")
-    _, version, sha256 = base
+    version, sha256 = base
     if update.base_sha256 != sha256:
         return Judgement("refused", f"base model {update.base_sha256[:12]} is not version {version} of this run")
+    if settings.is_buffered and head.open is not None and head.open.work == "train":
+        return _buffered(update, head.open, head.version - version, settings)
     if head.open is None or update.task != head.open.task:
         return _late(update, head, head.version - version, settings)
     return _answers(update, head.open)
@@ -49,6 +51,18 @@ def _foreign(update: UpdateReady, head: HeadRecord) -> str:
     if (update.arrays == "none") != (update.body is None):
         return "an update names arrays exactly if it has a body"
     return ""
+
+
+def _buffered(update: UpdateReady, opened: OpenRound, staleness: int, settings: RoundSettings) -> Judgement:
+    """Any update fills the buffer, unless its version is too old."""
+    if update.arrays == "none":
+        return Judgement("refused", "arrays 'none' do not answer work 'train'")
+    if update.task >= opened.task and update.epoch < opened.epoch:
+        return Judgement("refused", f"epoch {update.epoch} is older than task {opened.task} (epoch {opened.epoch})")
+    if staleness > settings.staleness_max:
+        older = f"{staleness} versions old, more than round.staleness_max = {settings.staleness_max}"
+        return Judgement("late", f"task {update.task} is {older}", staleness)
+    return Judgement("counted", staleness=staleness)
 
 
 def _late(update: UpdateReady, head: HeadRecord, staleness: int, settings: RoundSettings) -> Judgement:
@@ -68,8 +82,8 @@ def _answers(update: UpdateReady, opened: OpenRound) -> Judgement:
 
 
 def weight_of(num_examples: int, settings: RoundSettings) -> int:
-    """Integer weight of an update: its examples, capped."""
-    return min(num_examples, settings.max_examples)
+    """Integer weight of an update: its examples, capped, or 1 where all weigh the same."""
+    return min(num_examples, settings.weight_max)
 
 
 def damping(staleness: int) -> float:

@@ -31,11 +31,11 @@ class Ledger:
         """How many refused and duplicate messages `decided` does not list."""
         return max(0, self.useless - MOST_LISTED)
 
-    def counted(self, update: UpdateReady, offset: int, weight: int) -> None:
-        """An answer to the open task, accepted."""
+    def counted(self, update: UpdateReady, offset: int, weight: int, staleness: int) -> None:
+        """Accepted into the open round."""
         self.settled[update.participant] = (update.task, "counted")
         self.metrics[update.participant] = (weight, update.metrics)
-        self._list("counted", update.participant, update.task, offset, weight=weight)
+        self._list("counted", update.participant, update.task, offset, weight=weight, staleness=staleness)
 
     def late(self, update: UpdateReady, offset: int, weight: int, staleness: int, reason: str) -> None:
         """An answer to a closed task; with a weight it was summed all the same."""

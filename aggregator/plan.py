@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
+from aggregator.buffered import Buffer, asked_first, last_task
 from aggregator.pace import allowed_s
 from aggregator.progress import evaluation_due, why_finished
 from aggregator.registry import sample
-from aggregator.settings import RunSettings
+from aggregator.round import Round
+from aggregator.settings import RoundSettings, RunSettings
 from broker.head import HeadRecord, OpenRound
 
 Live = Sequence[str]
@@ -28,9 +30,14 @@ def needed(record: HeadRecord, settings: RunSettings, waited_s: float) -> int:
 
 
 def opened(
-    record: HeadRecord, work: Literal["train", "evaluate"], live: Live, settings: RunSettings, now: float
+    record: HeadRecord,
+    work: Literal["train", "evaluate"],
+    live: Live,
+    settings: RunSettings,
+    now: float,
+    busy: Collection[str] = (),
 ) -> HeadRecord:
-    """The record with the next task, for a cohort of those who live."""
+    """The record with the next task, for a cohort of those who live; `busy` are at work for an older one."""
     number = record.round + 1 if work == "train" else record.round
     task, sha256 = record.task + 1, record.model.sha256 if record.model else ""
     patience_s = allowed_s(record.pace, settings.round)
@@ -40,27 +47,47 @@ def opened(
         attempt=1,
         task=task,
         epoch=record.epoch,
-        cohort=sample(live, settings.round.most_asked, settings.seed, number),
+        cohort=_cohort(live, busy, settings, number),
         opened=now,
         deadline=now + patience_s,
         allowed_s=patience_s,
     )
     remembered = 2 * settings.round.staleness_max + 4  # evaluations are tasks too
     lineage = (*record.lineage, (task, record.version, sha256))[-remembered:]
-    return record.with_(open=opening, task=task, lineage=lineage)
+    return record.with_(open=opening, task=last_task(opening, settings.round), lineage=lineage)
 
 
-def continued(record: HeadRecord, work: str, live: Live, settings: RunSettings, now: float) -> HeadRecord:
+def _cohort(live: Live, busy: Collection[str], settings: RunSettings, number: int) -> tuple[str, ...]:
+    if settings.round.is_buffered:
+        return asked_first(live, busy, settings.round, settings.seed, number)
+    return sample(live, settings.round.most_asked, settings.seed, number)
+
+
+def extended(record: HeadRecord, current: Round, live: Live, settings: RunSettings, now: float) -> HeadRecord:
+    """The record with the next attempt at its open round."""
+    opened = current.extended(now, live, live)
+    return record.with_(open=opened, task=last_task(opened, settings.round))
+
+
+def open_round(opened: OpenRound, settings: RoundSettings) -> Round:
+    """The state machine for what the record says is open."""
+    return (Buffer if settings.is_buffered and opened.work == "train" else Round)(opened, settings)
+
+
+def continued(record: HeadRecord, closed: Round, live: Live, settings: RunSettings, now: float) -> HeadRecord:
     """After a closed round: the evaluation of its version, the end, the next round, or a wait for participants."""
+    work, busy = closed.open.work, closed.missing
     if work == "train" and live and evaluation_due(settings, "federated", record.round):
         return opened(record, "evaluate", live, settings, now)
     if why := why_finished(record, settings, now):
         return record.with_(finished=why)
     ready = enough(record, len(live), settings, waited_s=settings.round.deadline_s)
-    return opened(record, "train", live, settings, now) if ready else record
+    return opened(record, "train", live, settings, now, busy) if ready else record
 
 
 def has_room(opening: OpenRound, participant: str, settings: RunSettings) -> bool:
     """Whether one who comes in the middle of a round can still be asked."""
+    if settings.round.is_buffered:  # it is invited
+        return False
     free = len(opening.cohort) < settings.round.most_asked
     return opening.work == "train" and free and not opening.asks(participant)

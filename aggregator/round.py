@@ -53,20 +53,55 @@ class Round:
         return [p for p in self.open.cohort if self.awaits(p)]
 
     @property
+    def to_tell(self) -> list[str]:
+        """Who is to be told of it, among those who miss."""
+        return self.missing
+
+    def goes_on_after(self, closed: Round) -> None:
+        """Learns from the round before, if that still matters."""
+
+    @property
+    def count(self) -> int:
+        """How many updates it has."""
+        return len(self.accepted)
+
+    @property
+    def size(self) -> int:
+        """How many updates it would have if everybody delivered."""
+        return len(self.open.cohort)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is nothing to wait for any more."""
+        return self.count >= max(self.target, self.quorum)
+
+    @property
     def _all_answered(self) -> bool:
         return len(self.accepted) + len(self.failed) + len(self.left) >= len(self.open.cohort)
+
+    @property
+    def _all_failed(self) -> bool:
+        return len(self.failed) >= len(self.open.cohort)
+
+    def turn(self, participant: str) -> int:  # noqa: ARG002 - everybody is asked for the same
+        """Which of the tasks that this round offers is a participant's next: 0 is the first."""
+        return 0
+
+    def offers(self, task: int) -> bool:
+        """Whether an update for that task can still be part of it."""
+        return task == self.open.task
 
     def awaits(self, participant: str) -> bool:
         """Whether this one was asked and has neither delivered, nor failed, nor left."""
         answers = (self.accepted, self.failed, self.left)
         return self.open.asks(participant) and not any(participant in answered for answered in answers)
 
-    def accept(self, participant: str, weight: int) -> None:
+    def accept(self, participant: str, weight: int, task: int) -> None:  # noqa: ARG002 - there is one task
         self.accepted[participant] = weight
         self.failed.discard(participant)
         self.left.discard(participant)
 
-    def fail(self, participant: str) -> None:
+    def fail(self, participant: str, task: int) -> None:  # noqa: ARG002 - there is one task
         if self.awaits(participant):
             self.failed.add(participant)
 
@@ -77,6 +112,10 @@ class Round:
 
     def come_back(self, participant: str) -> None:
         self.left.discard(participant)
+
+    def invited(self, live: Collection[str], seed: int) -> Sequence[str]:  # noqa: ARG002 - see buffered.py
+        """Who is to be asked beyond those who were told, now that somebody is done. They count as told."""
+        return ()
 
     def reopen(self, opened: OpenRound) -> None:
         """Goes on with another cohort or attempt; a new attempt offers the task to those who failed, too."""
@@ -95,10 +134,10 @@ class Round:
 
     def step(self, now: float) -> Step:
         """What is to be done at `now` (Unix seconds)."""
-        enough = len(self.accepted) >= self.quorum
-        if len(self.accepted) >= max(self.target, self.quorum) or (enough and self._all_answered):
+        enough = self.count >= self.quorum
+        if self.is_full or (enough and self._all_answered):
             return Step.CLOSE
-        if len(self.failed) >= len(self.open.cohort):
+        if self._all_failed:
             return Step.EXTEND if self.open.attempt < MOST_FAILURES else Step.GIVE_UP
         if now < self.open.deadline:
             return Step.WAIT

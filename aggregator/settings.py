@@ -44,19 +44,94 @@ class RoundSettings(Part):
         float, Field(ge=1, description="each further attempt gets a deadline this much longer")
     ] = 2.0
     deadline_max_s: Annotated[float, Field(gt=0, description="no deadline is longer")] = 3600.0
+    policy: Annotated[
+        Literal["synchronous", "buffered"],
+        Field(
+            description="a round asks a cohort for one update each, or (FedBuff) closes after every round.buffer "
+            "updates, fresh or stale, and nobody waits"
+        ),
+    ] = "synchronous"
+    buffer: Annotated[
+        int, Field(ge=1, le=1 << 20, description="K of the buffered policy: updates from one version to the next")
+    ] = 10
+    concurrency: Annotated[
+        int, Field(ge=0, description="how many work at a time under the buffered policy; 0: everybody who is live")
+    ] = 0
+    turns: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1 << 20,
+            description="how many updates a participant may make from one version under the buffered policy; 0: "
+            "half a buffer, or what fills it",
+        ),
+    ] = 0
+    weights: Annotated[
+        Literal["auto", "examples", "equal"],
+        Field(description="what an update weighs; `auto`: its examples, or under the buffered policy all the same"),
+    ] = "auto"
     late: Annotated[
         Literal["discard", "fold"],
         Field(description="a late update is discarded, or folded with weight 1/sqrt(1 + staleness)"),
     ] = "discard"
-    staleness_max: Annotated[int, Field(ge=0, le=900, description="older late updates are never folded")] = 10
+    staleness_max: Annotated[
+        int, Field(ge=0, le=900, description="late or stale updates that are older never count")
+    ] = 10
     max_examples: Annotated[int, Field(ge=1, le=1 << 30, description="no participant weighs more than this")] = (
         1 << 20
     )
 
     @property
     def most_asked(self) -> int:
-        """How many a round asks at the most; the room in its sum follows from it."""
+        """How many a synchronous round asks at the most."""
         return self.cohort or 2 * self.participants
+
+    @property
+    def most_summed(self) -> int:
+        """How many updates go into one version at the most; the room in its sum follows from it. Twice as many as
+        are asked, for folded late ones add to a round's own."""
+        return max(self.buffer, self.quorum) if self.is_buffered else 2 * self.most_asked
+
+    @property
+    def is_buffered(self) -> bool:
+        return self.policy == "buffered"
+
+    @property
+    def takes_stale(self) -> bool:
+        """Whether work on an older version can still be of use."""
+        return self.is_buffered or self.late == "fold"
+
+    @property
+    def turns_allowed(self) -> int:
+        """How many updates of one participant from one version: by default no majority, if others are there."""
+        return self.turns or max(-(-self.buffer // self.participants), self.buffer // 2)
+
+    @property
+    def weight_max(self) -> int:
+        """The most that one update weighs."""
+        equal = self.weights == "equal" or (self.weights == "auto" and self.is_buffered)
+        return 1 if equal else self.max_examples
+
+    @model_validator(mode="after")
+    def _fits_the_policy(self) -> Self:
+        if not self.is_buffered:
+            return self
+        for name, value in (("target", self.target), ("cohort", self.cohort)):
+            if value:
+                raise ValueError(
+                    f"round.{name} = {value} is for synchronous rounds: with round.policy = 'buffered' set "
+                    f"round.{'buffer' if name == 'target' else 'concurrency'}"
+                )
+        if self.quorum > self.buffer:
+            raise ValueError(
+                f"round.quorum = {self.quorum} is above round.buffer = {self.buffer}: no round could close"
+            )
+        if self.turns * self.participants < self.buffer and self.turns:
+            raise ValueError(
+                f"round.turns = {self.turns} for round.participants = {self.participants} never fill "
+                f"round.buffer = {self.buffer}: raise round.turns or lower round.buffer"
+            )
+        return self
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -107,7 +182,8 @@ class StrategySettings(Part):
     name: Annotated[
         Word,
         Field(
-            description="`fedavg`, `fedsgd`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fednova` or `diloco`; "
+            description="`fedavg`, `fedsgd`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fednova`, "
+            "`diloco` or `fedasync`; "
             "robust: `median`, `trimmed-mean`, `krum`, `multi-krum`, `bulyan` or `geometric-median`"
         ),
     ] = "fedavg"
@@ -116,7 +192,7 @@ class StrategySettings(Part):
         Field(
             ge=0,
             description="step size at the aggregator; 0: the strategy's own (1; `fedadagrad` 0.1, `fedadam` "
-            "and `fedyogi` 0.03; `diloco` 0.7)",
+            "and `fedyogi` 0.03; `diloco` 0.7; `fedasync` 0.6)",
         ),
     ] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1, description="of `fedavgm` and `diloco`")] = 0.9
@@ -237,6 +313,38 @@ class StoreSettings(Part):
     ] = 3600.0
 
 
+def check_together(
+    rounds: RoundSettings, evaluation: EvaluationSettings, strategy: StrategySettings, codec: CodecSettings
+) -> None:
+    """Raises ValueError for settings that are each possible, but not together."""
+    if strategy.name == "fedasync":
+        _check_fedasync(rounds, strategy, codec)
+    if not rounds.is_buffered:
+        return
+    if evaluation.mode == "federated":
+        raise ValueError(
+            "evaluation.mode = 'federated' makes everybody wait for the slowest, and round.policy = 'buffered' "
+            "nobody: set evaluation.mode to central or none"
+        )
+    if owing := [name for name in codec.allowed if packing(name).codec.feedback]:
+        raise ValueError(
+            f"codec.up = {owing[0]!r} has error feedback, which must know the fate of one update before the next "
+            "begins; with round.policy = 'buffered' nobody waits for that: use none, fp16, bf16, int8 or qsgd"
+        )
+
+
+def _check_fedasync(rounds: RoundSettings, strategy: StrategySettings, codec: CodecSettings) -> None:
+    if not rounds.is_buffered:
+        raise ValueError("strategy.name = 'fedasync' needs round.policy = 'buffered', with round.buffer = 1")
+    if strategy.clip_norm:
+        raise ValueError("strategy.clip_norm shortens changes, but strategy.name = 'fedasync' sends whole models")
+    if coarse := [name for name in codec.allowed if name.partition("+")[0] not in ("fp16", "bf16", NONE)]:
+        raise ValueError(
+            f"codec.up = {coarse[0]!r} is for changes, but strategy.name = 'fedasync' sends whole models: use "
+            "none, fp16 or bf16"
+        )
+
+
 class RunSettings(Part):
     """One training run."""
 
@@ -253,3 +361,8 @@ class RunSettings(Part):
     codec: CodecSettings = CodecSettings()
     broker: BrokerSettings = BrokerSettings()
     store: StoreSettings = StoreSettings()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        check_together(self.round, self.evaluation, self.strategy, self.codec)
+        return self

@@ -149,7 +149,7 @@ def waits_for(view: View, now: float) -> str:
 
 def _of_round(current: Round, now: float) -> str:
     left_s = max(0.0, current.open.deadline - now)
-    progress = f"{len(current.accepted)} of {len(current.open.cohort)} are in, quorum {current.quorum}"
+    progress = f"{current.count} of {current.size} are in, quorum {current.quorum}"
     what = f"updates of {_names(current.missing)} until the deadline" if current.missing else "the deadline"
     return f"{what} in {left_s:.0f} s ({progress})"
 

@@ -99,7 +99,8 @@ class Obeyed(Part):
 class HeadRecord(Message):
     """The whole truth of a run: it is replaced as one message, so nothing in it can disagree.
 
-    `marks` are messages that were read, by offset, to know a stream that lost its tail (aggregator/marks.py).
+    `lineage`: which version the tasks from a number on depart from. `marks` are messages that were read, by offset,
+    to know a stream that lost its tail (aggregator/marks.py).
     `settled` holds each participant's last decided task; `decided` what was decided since the record before.
     `wanted` and `removed` are what operators said last. The payload is the model, then the strategy's state, as
     far as they are inline.
@@ -142,6 +143,14 @@ class HeadRecord(Message):
     def bodies(self) -> tuple[Where, ...]:
         """What its version consists of: the model and, if there is one, the strategy's state."""
         return tuple(where for where in (self.model, self.state) if where is not None)
+
+    def base_of(self, task: int) -> tuple[int, str] | None:
+        """Version and sha256 of the model that a task departs from; None if that is older than any remembered one.
+
+        A line of `lineage` holds from its task to that before the next line's.
+        """
+        lines = ((version, sha256) for first, version, sha256 in reversed(self.lineage) if first <= task)
+        return next(lines, None)
 
     def with_(self, **changes: Any) -> Self:
         """A copy with these fields replaced. It is checked when it is committed (`checked`)."""

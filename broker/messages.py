@@ -45,7 +45,8 @@ Scalar = bool | int | float | Annotated[str, StringConstraints(max_length=1000)]
 Settings = Annotated[dict[Annotated[str, StringConstraints(max_length=64)], Scalar], Field(max_length=256)]
 
 Work = Literal["train", "evaluate", "none"]
-Arrays = Literal["delta", "gradient", "none"]
+Arrays = Literal["delta", "gradient", "model", "none"]
+Wants = Literal["delta", "gradient", "model"]
 Verdict = Literal["counted", "late", "refused", "duplicate"]
 Fate = Literal["counted", "late", "refused", "missing"]
 Phase = Literal["idle", "training", "holding"]
@@ -163,6 +164,7 @@ class TrainRound(Message):
     task: Count
     round: Count
     attempt: Count
+    turn: Count = 0  # how many tasks of this version whoever is asked has done already
     work: Work
     asked: Annotated[tuple[Participant, ...], Field(max_length=MAX_ITEMS)]
     version: Count
@@ -171,7 +173,7 @@ class TrainRound(Message):
     learning_task: Word = ""
     data: Settings = {}
     settings: Settings = {}
-    wants: Literal["delta", "gradient"] = "delta"
+    wants: Wants = "delta"
     codecs: Codecs = ()  # that an update may use besides none, the most faithful first
     seed: Count = 0  # the run's
     deadline_s: Annotated[float, Field(ge=0)] = 0.0  # seconds left when this was sent

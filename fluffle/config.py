@@ -17,7 +17,7 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +27,7 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 
@@ -39,6 +40,7 @@ from aggregator.settings import (
     StopSettings,
     StoreSettings,
     StrategySettings,
+    check_together,
 )
 from broker.errors import ConfigError
 from broker.messages import Federation, Part, RunId, Scalar, Text, Word
@@ -341,6 +343,11 @@ class Config(Part):
                 f"stop.target_metric = {stop.target_metric!r}: write METRIC:VALUE, as accuracy:0.9 or rmse:55"
             )
         return stop
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        check_together(self.round, self.evaluation, self.strategy, self.codec)
+        return self
 
     @property
     def run_dir(self) -> Path:

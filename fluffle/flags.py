@@ -21,6 +21,8 @@ FEDERATION_FLAGS = (
     Flag("--strategy", "strategy.name", "NAME", "How updates are combined, as fedavg, fedadam, median or krum."),
     Flag("--quorum", "round.quorum", "Q", "Fewest updates that close a round at its deadline."),
     Flag("--target", "round.target", "T", "A round closes at this many updates."),
+    Flag("--policy", "round.policy", "POLICY", "`synchronous`, or `buffered`: asynchronous, as FedBuff."),
+    Flag("--buffer", "round.buffer", "K", "Under the buffered policy, updates from one version to the next."),
     Flag("--deadline-s", "round.deadline_s", "S", "Seconds until a round closes with the quorum."),
     Flag("--secrets", "broker.secrets", "FILE", "Passwords by user, for a broker's URL without one."),
     RUN_DIR,

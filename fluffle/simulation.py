@@ -253,6 +253,8 @@ async def _learning_tasks(plan: Plan, display: Display, thread: Lane) -> Callabl
 def _together(config: Config, definition: TaskDefinition, tasks: Mapping[str, TorchTask]) -> Together:
     if make_strategy(config.strategy, config.round).wants == "gradient":
         raise Unstackable(f"strategy {config.strategy.name!r} sums gradients, which are computed one by one")
+    if config.round.is_buffered:
+        raise Unstackable("round.policy = 'buffered': whoever is done goes on alone")
     asked = min(config.round.cohort or len(tasks), len(tasks))
     return Together(tasks, definition.recipe(config.train.chosen()), asked)
 

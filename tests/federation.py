@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from aggregator.daemon import Aggregator
 from aggregator.history import History, RoundReport
@@ -24,13 +27,45 @@ from aggregator.settings import (
 from broker.head import Decision, HeadRecord
 from broker.memory import MemoryBroker
 from broker.store import Store
+from broker.tensors import Arrays
 from broker.topology import Topology
 from broker.transport import Broker
 from fluffle.chaos.task import Pull
 from workers.journal import Journal, MemoryJournal
 from workers.link import WorkerSettings
+from workers.task import TrainConfig, TrainResult
 from workers.trainer import Sizes
 from workers.worker import Site, Worker, always
+
+
+class Step(Pull):
+    """Adds the same to every value, so that the ledger tells what the model must be."""
+
+    def __init__(self, by: float = 1.0, fails: int = 0) -> None:
+        super().__init__("p00")
+        self.by, self.fails = by, fails
+        self.seeds: list[int] = []
+
+    def train(self, arrays: Arrays, config: TrainConfig) -> TrainResult:
+        if self.fails:
+            self.fails -= 1
+            raise RuntimeError("no data yet")
+        self.seeds.append(config.seed)
+        return TrainResult({"w": arrays["w"] + np.float32(self.by), "steps": arrays["steps"]}, 1000)
+
+
+def counted(ledger: Sequence[Decision], version: int) -> list[Decision]:
+    """What went into a version."""
+    return [line for line in ledger if line.verdict == "counted" and line.version == version]
+
+
+def fedbuff(ledger: Sequence[Decision], versions: int) -> float:
+    """What FedBuff (Algorithm 1) makes of `Step`s: x <- x + sum of s(tau) over the buffer / K."""
+    x = 0.0
+    for version in range(1, versions + 1):
+        buffer = counted(ledger, version)
+        x += sum(1 / math.sqrt(1 + line.staleness) for line in buffer) / len(buffer)
+    return x
 
 
 def names(count: int) -> list[str]:

@@ -33,7 +33,7 @@ FEDERATIONS = [f"t-{number:03}" for number in range(220)]
 SET_UP = "set-up"  # this one is there when the node has booted
 FOREIGN = "foreign"  # p-1 takes no part in this one
 OPERATOR = "operator"  # may do everything
-PARTICIPANTS = ["p-1", "p-2", "p01", "p02", "p03", "p04", "p05"]
+PARTICIPANTS = ["p-1", "p-2", *(f"p{i:02d}" for i in range(1, 21))]
 
 
 def password(user: str) -> str:

@@ -86,7 +86,7 @@ class Attacker:
         values = learned[name]
         if values.dtype.kind != "f" or not values.size:
             return values
-        start = base[name].astype(np.float64) if config.wants == "delta" else 0.0
+        start = base[name].astype(np.float64) if config.wants != "gradient" else 0.0
         forged = start + self._attack.forge(values - start, self._attack.strength, rng)
         return np.asarray(forged, values.dtype)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker.errors import TaskError
+from broker.messages import Wants
 
 Arrays = dict[str, NDArray[Any]]
 Scalar = bool | int | float | str
@@ -33,15 +34,16 @@ class TrainConfig:
     round: int
     seed: int
     settings: Mapping[str, Scalar] = field(default_factory=dict)
-    wants: Literal["delta", "gradient"] = "delta"
+    wants: Wants = "delta"
     should_stop: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.monotonic
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """`arrays`: for `wants == "delta"` the trained arrays (the worker subtracts those it started from),
-    for `"gradient"` the mean gradient over this participant's examples (settings: full batch).
+    """`arrays`: for `wants == "delta"` the trained arrays (the worker subtracts those it started from), for
+    `"model"` the same, which travel as they are, for `"gradient"` the mean gradient over this participant's
+    examples (settings: full batch).
 
     `effective_steps`: what a constant gradient of 1 would have moved the arrays by, in units of the step size; for
     plain gradient descent the number of steps. 0 if it is not known; FedNova needs it.
@@ -86,8 +88,8 @@ def is_learning_task(found: object) -> TypeGuard[LearningTask]:
     return isinstance(found, LearningTask) and not isinstance(found, type)
 
 
-def train_seed(run_seed: int, participant: str, round: int) -> int:  # noqa: A002 - the design's word
-    """The seed for one participant's work in one round; the attempt does not change it."""
-    words = f"{participant}/{round}".encode().ljust(64, b"\0")[:64]
+def train_seed(run_seed: int, participant: str, round: int, turn: int = 0) -> int:  # noqa: A002 - the design's word
+    """The seed for one participant's work in one round; the attempt does not change it, a further turn does."""
+    words = (f"{participant}/{round}" + (f"/{turn}" if turn else "")).encode().ljust(64, b"\0")[:64]
     own = run_seed.to_bytes(max(4, -(-run_seed.bit_length() // 32) * 4), "little")
     return int(np.random.SeedSequence(np.frombuffer(own + words, dtype="<u4")).generate_state(1)[0])

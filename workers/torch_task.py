@@ -110,7 +110,7 @@ class TorchTask:
     def descends(self, config: TrainConfig) -> bool:
         """Whether that asks for gradient descent, and neither for a gradient nor for statistics."""
         in_statistics = self._scaler_name() is not None and config.round == STATISTICS_ROUND
-        return config.wants == "delta" and not in_statistics
+        return config.wants != "gradient" and not in_statistics
 
     def evaluate(self, arrays: Arrays) -> Evaluation:
         """Means over the held-out examples: loss (without penalty), and accuracy or mae; and rmse.

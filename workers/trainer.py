@@ -154,7 +154,7 @@ def train_config(
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainConfig:
     """What the task is told; the seed is the participant's own in this round, whatever the attempt."""
-    seed = train_seed(told.seed, participant, told.round)
+    seed = train_seed(told.seed, participant, told.round, told.turn)
     return TrainConfig(told.round, seed, told.settings, told.wants, should_stop, clock)
 
 
@@ -172,7 +172,7 @@ def _changed(name: str, arrays: Arrays, base: Arrays, config: TrainConfig) -> ND
 
 
 def _change(name: str, arrays: Arrays, base: Arrays, config: TrainConfig, out: NDArray[Any]) -> None:
-    if config.wants == "gradient":
+    if config.wants != "delta":
         np.copyto(out, arrays.pop(name))
     else:
         np.subtract(arrays.pop(name), base[name], out=out)

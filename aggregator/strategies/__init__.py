@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from aggregator.settings import RoundSettings, StrategySettings
 from aggregator.strategies.adaptive import Adaptive, NextV, adagrad, adam, yogi
@@ -14,6 +14,7 @@ from aggregator.strategies.clipping import Clipped
 from aggregator.strategies.collected import Collected, RobustRule
 from aggregator.strategies.contribution import Contribution
 from aggregator.strategies.diloco import DiLoCo
+from aggregator.strategies.fedasync import FedAsync
 from aggregator.strategies.fedavg import FedAvg
 from aggregator.strategies.fedavgm import FedAvgM
 from aggregator.strategies.fednova import FedNova
@@ -25,6 +26,7 @@ from aggregator.strategies.optimiser import Rule, ServerOptimiser
 from aggregator.strategies.trimmed_mean import TrimmedMean
 from aggregator.sums import FixedPointSum
 from broker.errors import ConfigError
+from broker.messages import Wants
 from broker.tensors import Arrays, Named
 
 
@@ -32,7 +34,7 @@ class Strategy(Protocol):
     """One round: `start`, any number of `add`, `finish`. `wants` says what participants send; what `uses_disk` is
     not for the event loop."""
 
-    wants: Literal["delta", "gradient"]
+    wants: Wants
     uses_disk: bool
 
     @property
@@ -84,10 +86,15 @@ STRATEGIES: dict[str, Make] = {
     "fedadagrad": _adaptive(adagrad, 0.1),
     "fedadam": _adaptive(adam, 0.03),
     "fedyogi": _adaptive(yogi, 0.03),
+    "fedasync": lambda total, chosen: FedAsync(total, chosen.server_lr or 0.6),
     "fednova": _fednova,
     "diloco": _optimising(lambda s: DiLoCo(s.server_lr or 0.7, s.momentum)),
 }
-AT_PARTICIPANTS = {"fedprox": "strategy.name = 'fedavg' with train.mu = 0.01 (or another mu)"}
+ELSEWHERE = {
+    "fedprox": "how participants train: set strategy.name = 'fedavg' with train.mu = 0.01 (or another mu)",
+    "fedbuff": "when a version is made: set round.policy = 'buffered' and round.buffer, with strategy.name = "
+    "'fedavg' (or one with momentum)",
+}
 
 ROBUST: dict[str, Callable[[StrategySettings], RobustRule]] = {
     "median": lambda asked: Median(asked.byzantine),
@@ -109,15 +116,19 @@ def make_strategy(settings: StrategySettings, rounds: RoundSettings, scratch: Pa
 def _strategy(settings: StrategySettings, rounds: RoundSettings, scratch: Path | None) -> Strategy:
     if settings.name in ROBUST:
         rule = ROBUST[settings.name](settings)
+        if rounds.is_buffered:
+            raise ConfigError(
+                f"strategy.name = {settings.name!r} compares one update of each participant, and with "
+                "round.policy = 'buffered' some deliver twice: use synchronous rounds, with round.late = 'fold' if "
+                "some are slow"
+            )
         _check_size(rule.least, settings, rounds)
         return Collected(rule, settings.server_lr or 1.0, settings.buffer_patterns, scratch)
     if settings.name in STRATEGIES:
-        weight_cap = 2 * rounds.most_asked * rounds.max_examples  # twice: folded late updates add to a round's own
-        return STRATEGIES[settings.name](FixedPointSum(rounds.max_examples, weight_cap), settings)
-    if settings.name in AT_PARTICIPANTS:
-        raise ConfigError(
-            f"strategy.name = {settings.name!r} is how participants train: set {AT_PARTICIPANTS[settings.name]}"
-        )
+        total = FixedPointSum(rounds.weight_max, rounds.most_summed * rounds.weight_max)
+        return STRATEGIES[settings.name](total, settings)
+    if settings.name in ELSEWHERE:
+        raise ConfigError(f"strategy.name = {settings.name!r} is {ELSEWHERE[settings.name]}")
     raise ConfigError(
         f"strategy.name = {settings.name!r} is unknown: {_near(settings.name, [*STRATEGIES, *ROBUST])}"
     )

@@ -7,6 +7,7 @@ and commits form one chain.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,13 +21,15 @@ from test_lead_and_commit import Outcome, check, ledger, offsets_of_updates
 
 from aggregator.lead import Lead
 from aggregator.settings import RunSettings
+from broker import tensors
 from broker.errors import LeadershipLost, TransportError
 from broker.faults import Fault, Faults, FaultyBroker, Operation, Rates, SeededFaults
 from broker.memory import MemoryBroker
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker
+from fluffle.chaos.task import Pull
 from fluffle.logs import configure_logs
-from tests.federation import Federation, names, settings
+from tests.federation import Federation, Step, counted, fedbuff, names, settings
 from workers.trainer import Sizes
 
 TOPOLOGY = Topology("default")
@@ -52,11 +55,17 @@ def quiet() -> Iterator[None]:
 
 
 async def run_through(
-    directory: Path, run: RunSettings, aggregators: SeededFaults, workers: SeededFaults
+    directory: Path,
+    run: RunSettings,
+    aggregators: SeededFaults,
+    workers: SeededFaults,
+    tasks: dict[str, Pull] | None = None,
 ) -> Outcome:
     """One run with a leader and a standby; its every wait ends within a minute."""
     memory = MemoryBroker(TOPOLOGY.access)
-    federation = Federation(memory, directory, names(3), size=5000 if run.codec.allowed else 600)
+    participants = names(run.round.participants)
+    federation = Federation(memory, directory, participants, size=5000 if run.codec.allowed else 600)
+    federation.tasks = tasks or {}
     federation.heartbeat_s = 0.2
     federation.sizes = Sizes(run.broker.inline_bytes, run.broker.chunk_bytes)
     federation.broker = FaultyBroker(memory, workers)
@@ -104,6 +113,35 @@ async def test_no_schedule_of_faults_changes_what_codecs_owe(
 ) -> None:
     aggregators, workers = (SeededFaults(1000 * seed + who, FEWER, longest_s=0.05, most=MOST) for who in range(2))
     check(await run_through(tmp_path, CODED, aggregators, workers), undisturbed_coded)
+
+
+ASYNCHRONOUS = settings(
+    4, 12, round={"policy": "buffered", "buffer": 3}, broker={"inline_bytes": 0, "chunk_bytes": 1024}
+)
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 60))]
+)
+async def test_no_schedule_of_faults_counts_an_asynchronous_update_twice_or_loses_one(
+    seed: int, tmp_path: Path
+) -> None:
+    """Which updates meet in a version depends on when they come, so there is no undisturbed model to compare with;
+    but whatever comes is decided once, and the model is what FedBuff makes of what the ledger says."""
+    aggregators, workers = (SeededFaults(500 * seed + who, RATES, longest_s=0.05, most=MOST) for who in range(2))
+    outcome = await run_through(tmp_path, ASYNCHRONOUS, aggregators, workers, dict.fromkeys(names(4), Step()))
+    assert aggregators.struck
+    assert outcome.head.version == 12
+    assert all(len(counted(outcome.ledger, version)) == 3 for version in range(1, 13))
+    once = Counter((line.participant, line.task) for line in outcome.ledger if line.verdict == "counted")
+    assert set(once.values()) == {1}
+    told = sorted(line.offset for line in outcome.ledger)  # the standby may have read further by now
+    assert told == outcome.published[: len(told)]
+    assert len(told) >= sum(offset < outcome.head.updates_from for offset in outcome.published)
+    assert outcome.head.model
+    path = tmp_path / "checkpoints" / f"{outcome.head.model.sha256}.safetensors"
+    model = tensors.decode(await asyncio.to_thread(path.read_bytes))
+    assert model["w"] == pytest.approx(fedbuff(outcome.ledger, 12), rel=1e-5)
 
 
 # -- the head protocol alone ----------------------------------------------------------------------------------

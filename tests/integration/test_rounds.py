@@ -28,7 +28,7 @@ from broker.messages import Heartbeat, Leave, Message, TrainFailed, UpdateReady
 from broker.tensors import Arrays
 from broker.topology import AGGREGATOR, Topology
 from broker.wire import decode, encode
-from tests.federation import Crowd, Federation, Pull, names, settings
+from tests.federation import Crowd, Federation, Pull, Step, names, settings
 from workers.journal import FileJournal
 from workers.task import TrainConfig, TrainResult, WorkAbandoned
 from workers.trainer import Sizes
@@ -185,17 +185,6 @@ async def test_rounds_close_on_the_target_and_nobody_waits_for_the_slow_one(fede
     late = [line for line in await federation.ledger() if line.verdict == "late"]
     assert {line.participant for line in late} == {"p03"}
     assert all((line.weight, line.staleness > 0) == (0, True) for line in late)
-
-
-class Step(Pull):
-    """Adds the same to every value, so that the model tells whose updates are in it, and with which weight."""
-
-    def __init__(self, by: float) -> None:
-        super().__init__("p00")
-        self.by = by
-
-    def train(self, arrays: Arrays, config: TrainConfig) -> TrainResult:
-        return TrainResult({"w": arrays["w"] + np.float32(self.by), "steps": arrays["steps"]}, 1000)
 
 
 async def test_late_updates_fold_damped_by_staleness(federation: Federation) -> None:

@@ -26,6 +26,11 @@ def beat(phase: str = "idle", task: int = 0, run_id: str = "run-1") -> Heartbeat
     return Heartbeat(participant="p01", run_id=run_id, epoch=2, phase=phase, task=task)
 
 
+def asking(missing: list[str]) -> Round:
+    """A round for task 5 that waits for these."""
+    return Round(opened([*missing, "p08"]), settings(2).round)
+
+
 # -- what a status calls for ----------------------------------------------------------------------------------
 
 
@@ -33,12 +38,12 @@ def test_who_joins_is_told_the_newest_whatever_it_does() -> None:
     for missing in ([], ["p01"]):
         for phase in ("idle", "training", "holding"):
             join = Join(participant="p01", run_id="run-1", phase=phase, task=5)
-            assert reply_to(join, HEAD, {"p01": (5, "counted")}, awaited=bool(missing)) == {}
+            assert reply_to(join, HEAD, {"p01": (5, "counted")}, asking(missing)) == {}
 
 
 @pytest.mark.parametrize("run_id", ["", "run-0"])
 def test_who_knows_no_run_or_another_is_told_the_newest(run_id: str) -> None:
-    assert reply_to(beat("holding", 9, run_id), HEAD, {}, awaited=False) == {}
+    assert reply_to(beat("holding", 9, run_id), HEAD, {}, None) == {}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +57,7 @@ def test_who_knows_no_run_or_another_is_told_the_newest(run_id: str) -> None:
     ],
 )
 def test_who_is_asked_and_does_not_work_on_it_is_told(status: Heartbeat, missing: list[str], told: bool) -> None:
-    assert reply_to(status, HEAD, {}, awaited=bool(missing)) == ({} if told else None)
+    assert reply_to(status, HEAD, {}, asking(missing)) == ({} if told else None)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +75,8 @@ def test_who_holds_an_update_is_told_its_fate_once_it_is_committed(
     committed: Settled, decided: Settled, reply: Settled | None
 ) -> None:
     head = HEAD.with_(settled=dict(committed))
-    for missing in ([], ["p01"]):
-        assert reply_to(beat("holding", 5), head, decided, awaited=bool(missing)) == reply
+    for current in (None, asking(["p02"])):
+        assert reply_to(beat("holding", 5), head, decided, current) == reply
 
 
 # -- who is told what -----------------------------------------------------------------------------------------
@@ -122,7 +127,7 @@ async def test_one_message_tells_a_small_federation_everything() -> None:
     told = Told(HEAD.with_(settled={"p01": (4, "late"), "p09": (1, "counted")}))
     announcer = await told.announcer(["p01", "p02"], round={"late": "fold"})
     current = Round(opened(["p01", "p02"]), settings(2).round)
-    current.accept("p02", 1)
+    current.accept("p02", 1, 5)
     await announcer.announce(current, ["p01", "p02"], 100.0)
     expected = TrainRound(
         run_id="run-1", epoch=2, seq=3, task=5, round=5, attempt=2, work="train", asked=("p01",), version=4,
@@ -191,5 +196,5 @@ async def test_everybody_hears_of_the_end_of_a_run_however_many_they_are() -> No
 
 def test_who_holds_a_refused_update_and_is_asked_again_is_told_to_drop_it() -> None:
     refused = {"p01": (5, "refused")}
-    assert reply_to(beat("holding", 5), HEAD, refused, awaited=True) == refused
-    assert reply_to(beat("holding", 5), HEAD, refused, awaited=False) is None
+    assert reply_to(beat("holding", 5), HEAD, refused, asking(["p01"])) == refused
+    assert reply_to(beat("holding", 5), HEAD, refused, asking([])) is None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 import pytest
 
 from broker.errors import ConfigError
+from broker.messages import Wants
 from broker.tensors import Arrays
 from fluffle.config import from_values, load_config
 from fluffle.learning import shares_of
@@ -31,13 +31,13 @@ class Honest:
 
     def train(self, arrays: Arrays, config: TrainConfig) -> TrainResult:
         trained = {name: arrays[name] + values for name, values in CHANGE.items()}
-        return TrainResult(trained if config.wants == "delta" else dict(CHANGE), 30, {"loss": 1.0})
+        return TrainResult(trained if config.wants != "gradient" else dict(CHANGE), 30, {"loss": 1.0})
 
     def evaluate(self, arrays: Arrays) -> Evaluation:
         return Evaluation({"loss": 2.0}, 3)
 
 
-def sent(attack: str, seed: int = 1, wants: Literal["delta", "gradient"] = "delta") -> Arrays:
+def sent(attack: str, seed: int = 1, wants: Wants = "delta") -> Arrays:
     """The update: what the worker would make of what the task returned."""
     result = Attacker(Honest(), Attack.named(attack)).train(BASE, TrainConfig(1, seed, wants=wants))
     assert (result.num_examples, result.metrics) == (30, {"loss": 1.0})
@@ -47,8 +47,8 @@ def sent(attack: str, seed: int = 1, wants: Literal["delta", "gradient"] = "delt
     return {name: values - BASE[name] for name, values in result.arrays.items()}
 
 
-@pytest.mark.parametrize("wants", ["delta", "gradient"])
-def test_the_sign_is_flipped_and_integers_stay(wants: Literal["delta", "gradient"]) -> None:
+@pytest.mark.parametrize("wants", ["delta", "gradient", "model"])
+def test_the_sign_is_flipped_and_integers_stay(wants: Wants) -> None:
     assert sent("sign-flip:10", wants=wants)["w"] == pytest.approx(-10 * CHANGE["w"])
     assert sent("sign-flip:10", wants=wants)["steps"].tolist() == [2]
 

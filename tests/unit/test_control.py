@@ -126,13 +126,15 @@ def test_a_wish_for_another_run_is_refused() -> None:
 def test_no_round_opens_unless_the_operator_wants_it(wanted: str) -> None:
     run, head = settings(2), HeadRecord(round=1, members=("p01",), wanted=wanted)
     assert not plan.enough(head, 2, run, 1e9)
-    assert plan.continued(head, "train", names(2), run, 0.0).open is None
+    assert plan.continued(head, Round(OPEN, run.round), names(2), run, 0.0).open is None
     assert plan.enough(head.with_(wanted="run"), 2, run, 0.0)
 
 
 def test_a_pause_still_measures_the_version_that_was_closed() -> None:
     run = settings(2, evaluation={"mode": "federated"})
-    after = plan.continued(HeadRecord(round=1, wanted="pause", model=MODEL), "train", names(2), run, 0.0)
+    after = plan.continued(
+        HeadRecord(round=1, wanted="pause", model=MODEL), Round(OPEN, run.round), names(2), run, 0.0
+    )
     assert after.open
     assert after.open.work == "evaluate"
 
@@ -148,8 +150,8 @@ def test_a_run_that_shall_stop_is_finished() -> None:
 
 def test_a_round_closes_without_the_removed() -> None:
     current = Round(OPEN, settings(3).round)
-    current.accept("p01", 1)
-    current.accept("p02", 1)
+    current.accept("p01", 1, 5)
+    current.accept("p02", 1, 5)
     assert current.step(1.0) is Step.WAIT
     current.reopen(current.without("p03"))
     assert current.open.cohort == ("p01", "p02")
@@ -158,15 +160,15 @@ def test_a_round_closes_without_the_removed() -> None:
 
 def test_what_the_removed_delivered_stays() -> None:
     current = Round(OPEN, settings(3).round)
-    current.accept("p03", 1)
+    current.accept("p03", 1, 5)
     assert current.without("p03") == OPEN
 
 
 def test_who_failed_and_was_removed_is_no_answer_any_more() -> None:
     """Or the round would close below its quorum, with one that it still waits for."""
     current = Round(OPEN, settings(3, round={"quorum": 1}).round)
-    current.accept("p01", 1)
-    current.fail("p03")
+    current.accept("p01", 1, 5)
+    current.fail("p03", 5)
     current.reopen(current.without("p03"))
     assert current.step(1.0) is Step.WAIT
     assert current.missing == ["p02"]

@@ -24,14 +24,14 @@ def an_update(participant: str = "p01", task: int = 5, **metrics: float) -> Upda
 def test_it_begins_as_the_record_says_and_leaves_the_record_alone() -> None:
     head = HeadRecord(settled={"p01": (4, "late")})
     ledger = Ledger(head)
-    ledger.counted(an_update(), 7, 10)
+    ledger.counted(an_update(), 7, 10, 0)
     assert ledger.settled == {"p01": (5, "counted")}
     assert head.settled == {"p01": (4, "late")}
 
 
 def test_every_verdict_is_one_line_and_settles_what_it_settles() -> None:
     ledger = Ledger(HeadRecord())
-    ledger.counted(an_update("p01"), 1, 10)
+    ledger.counted(an_update("p01"), 1, 10, 0)
     ledger.late(an_update("p02", 4), 2, 0, 1, "had closed")
     ledger.late(an_update("p03", 4), 3, 7, 1, "had closed")
     ledger.duplicate(an_update("p01"), 4, "before")
@@ -65,7 +65,7 @@ def test_a_flood_is_counted_listed_up_to_a_limit_and_hides_nobodys_update(verdic
             ledger.refused("p-bad", 0, offset, "\U0001f407" * 1000, settles=False)
         else:
             ledger.duplicate(an_update("p-bad"), offset, "\U0001f407" * 1000)
-    ledger.counted(an_update("p01"), 9001, 10)
+    ledger.counted(an_update("p01"), 9001, 10, 0)
     ledger.late(an_update("p02", 4), 9002, 0, 1, "had closed")
     assert ledger.unlisted == 500
     assert [d.participant for d in ledger.decided[MOST_LISTED:]] == ["p01", "p02"]

@@ -31,7 +31,7 @@ def opened(asked: int = 10, **changes: object) -> OpenRound:
 def a_round(asked: int = 10, accepted: int = 0, **settings: object) -> Round:
     current = Round(opened(asked), RoundSettings(**{"participants": 10, "deadline_s": 10.0, **settings}))
     for participant in names(accepted):
-        current.accept(participant, 1)
+        current.accept(participant, 1, 5)
     return current
 
 
@@ -72,9 +72,9 @@ def test_below_the_quorum_a_deadline_extends() -> None:
 def test_a_round_closes_early_if_only_failures_miss_and_the_quorum_is_there() -> None:
     current = a_round(accepted=7, quorum=7)
     for participant in current.missing[:-1]:
-        current.fail(participant)
+        current.fail(participant, 5)
     assert current.step(0.0) is Step.WAIT
-    current.fail(current.missing[0])
+    current.fail(current.missing[0], 5)
     assert current.step(0.0) is Step.CLOSE
 
 
@@ -83,7 +83,7 @@ def test_if_all_failed_they_are_asked_again_at_once_and_given_up_after_the_third
     for expected in (Step.EXTEND, Step.EXTEND, Step.GIVE_UP):
         for participant in names(10):
             assert current.step(DEADLINE - 1) is Step.WAIT
-            current.fail(participant)
+            current.fail(participant, 5)
         assert current.missing == []
         assert current.step(DEADLINE - 1) is expected
         current.reopen(current.extended(DEADLINE - 1, names(10), names(10)))
@@ -91,15 +91,15 @@ def test_if_all_failed_they_are_asked_again_at_once_and_given_up_after_the_third
 
 def test_a_failure_after_the_update_or_of_a_stranger_changes_nothing() -> None:
     current = a_round(accepted=1)
-    current.fail("p01")
-    current.fail("somebody-else")
+    current.fail("p01", 5)
+    current.fail("somebody-else", 5)
     assert current.failed == set()
 
 
 def test_an_update_after_a_failure_counts() -> None:
     current = a_round(asked=1)
-    current.fail("p01")
-    current.accept("p01", 3)
+    current.fail("p01", 5)
+    current.accept("p01", 3, 5)
     assert current.step(0.0) is Step.CLOSE
 
 
@@ -126,7 +126,7 @@ def test_nobody_waits_for_who_left_unless_it_is_back_in_time() -> None:
     current.come_back("p03")
     assert current.missing == ["p03"]
     assert current.step(0.0) is Step.WAIT
-    current.fail("p03")
+    current.fail("p03", 5)
     current.come_back("p03")
     assert current.missing == []  # it failed, and would again
 
@@ -134,7 +134,7 @@ def test_nobody_waits_for_who_left_unless_it_is_back_in_time() -> None:
 def test_an_update_of_who_left_counts() -> None:
     current = a_round(asked=1)
     current.leave("p01")
-    current.accept("p01", 3)
+    current.accept("p01", 3, 5)
     assert (current.left, current.step(0.0)) == (set(), Step.CLOSE)
 
 
@@ -153,7 +153,7 @@ def test_deadlines_grow_up_to_a_limit() -> None:
 
 def test_a_further_attempt_keeps_what_was_accepted_and_asks_the_others_again() -> None:
     current = a_round(accepted=2, quorum=7)
-    current.fail("p03")
+    current.fail("p03", 5)
     current.reopen(current.extended(DEADLINE, names(10), names(10)))
     assert set(current.accepted) == {"p01", "p02"}
     assert current.missing == names(10)[2:]
@@ -161,7 +161,7 @@ def test_a_further_attempt_keeps_what_was_accepted_and_asks_the_others_again() -
 
 def test_who_failed_is_not_asked_again_within_the_attempt() -> None:
     current = a_round(asked=3)
-    current.fail("p03")
+    current.fail("p03", 5)
     current.reopen(opened(4))
     assert current.missing == ["p01", "p02", "p04"]
 
@@ -174,7 +174,7 @@ def test_the_vanished_make_room_for_reserves_unless_they_delivered() -> None:
 
 def test_who_failed_makes_room_for_reserves_and_is_asked_again_without_any() -> None:
     current = a_round(asked=3)
-    current.fail("p02")
+    current.fail("p02", 5)
     assert current.extended(DEADLINE, names(4), names(4)).cohort == ("p01", "p03", "p04")
     assert current.extended(DEADLINE, names(3), names(3)).cohort == ("p01", "p02", "p03")
 
@@ -219,9 +219,9 @@ def test_no_sequence_of_events_hangs_a_round(  # noqa: C901 - one case per event
         participant = everybody[number]
         match event:
             case "accept" if participant in current.open.cohort:
-                current.accept(participant, 1)
+                current.accept(participant, 1, 5)
             case "fail":
-                current.fail(participant)
+                current.fail(participant, 5)
             case "leave":
                 current.leave(participant)
                 live.discard(participant)
@@ -238,7 +238,7 @@ def test_no_sequence_of_events_hangs_a_round(  # noqa: C901 - one case per event
     if settle(current, now, everybody) in (Step.CLOSE, Step.GIVE_UP):
         return
     for participant in current.missing:
-        current.accept(participant, 1)
+        current.accept(participant, 1, 5)
     assert settle(current, now, everybody) is Step.CLOSE
 
 

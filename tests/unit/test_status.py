@@ -41,7 +41,7 @@ def view(
     current = Round(head.open, run.round) if head.open else None
     for name in names(accepted):
         assert current
-        current.accept(name, 1)
+        current.accept(name, 1, 5)
     return View(run, head, current, registry, Quotas(20.0), caught_up, 0.0, "p02 says no")
 
 
