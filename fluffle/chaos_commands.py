@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--faults", type=click.IntRange(min=1), default=20, show_default=True, help="How many.")
 @click.option("--participants", type=click.IntRange(2, 50), default=4, show_default=True, help="How many workers.")
 @click.option("--quorum", is_flag=True, help="All but one suffice for a round; workers are gone for rounds, too.")
+@click.option("--asynchronous", is_flag=True, help="Rounds are buffered (FedBuff): nobody waits for anybody.")
 @click.option("--large", is_flag=True, help="A model of 80 kB, which goes in chunks.")
 @click.option("--coded", is_flag=True, help="Updates go as top-k with error feedback, large models as differences.")
 @click.option("--broker", "url", metavar="URL", help="amqp://HOST:PORT/VHOST.  [default: a private RabbitMQ]")
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
               help="Keep logs and run directories there.")  # fmt: skip
 @json_option
 def chaos(
-    seed: int, faults: int, participants: int, quorum: bool, large: bool, coded: bool,  # noqa: FBT001 - flags
+    seed: int, faults: int, participants: int, quorum: bool, asynchronous: bool, large: bool, coded: bool,  # noqa: FBT001
     url: str | None, secrets: str, federation: str, keep: Path | None, json_target: str | None,
 ) -> None:  # fmt: skip
     """Break everything on purpose, and check that nothing was lost.
@@ -53,6 +54,8 @@ def chaos(
     from workers.partition import participant_names
 
     check_target(json_target)
+    if asynchronous and coded:
+        raise ConfigError("--coded has error feedback, which asynchronous rounds refuse: leave one of them out")
     if not url and not installed():
         raise ConfigError(
             "RabbitMQ is not installed here: install rabbitmq-server 3.10 or newer (Debian, Ubuntu: apt install "
@@ -60,9 +63,13 @@ def chaos(
         )
     names = tuple(participant_names(participants))
     address = _address(url, secrets, (AGGREGATOR, *names)) if url else None
-    shape = Shape(names, faults, own_broker=address is None, quorum=quorum, large=large)
+    shape = Shape(names, faults, own_broker=address is None, quorum=quorum or asynchronous, large=large)
     run_id = f"chaos-{seed}-{token_hex(3)}" if address else f"chaos-{seed}"
-    _go(Scenario(seed, shape, run_id, federation, address, coded=coded), keep, json_target)
+    _go(
+        Scenario(seed, shape, run_id, federation, address, coded=coded, asynchronous=asynchronous),
+        keep,
+        json_target,
+    )
 
 
 def _go(scenario: Scenario, keep: Path | None, json_target: str | None) -> None:

@@ -35,6 +35,7 @@ def build_report(scenario: Scenario, outcome: Outcome) -> dict[str, Any]:
         "participants": len(scenario.shape.participants),
         "rounds": outcome.closings[-1].round,
         "quorum": scenario.shape.quorum,
+        "asynchronous": scenario.asynchronous,
         "large": scenario.shape.large,
         "coded": scenario.coded,
         "own_broker": scenario.broker is None,
@@ -58,7 +59,11 @@ def report_text(report: dict[str, Any]) -> str:
     faults = {kind: count for kind, count in report["faults"].items() if kind != "struck"}
     updates = {name: value for name, value in report["updates"].items() if isinstance(value, int)}
     updates["lost_by_broker"] = sum(report["updates"]["lost_by_broker"].values())
-    same = {None: "not compared: rounds closed with a quorum", True: "the undisturbed run's", False: "DIFFERENT"}
+    same = {
+        None: "not compared: which updates meet in a round depends on when they come",
+        True: "the undisturbed run's",
+        False: "DIFFERENT",
+    }
     lines = [
         f"{report['faults']['struck']} faults in {report['rounds']} rounds and {report['seconds']:.0f} s: "
         f"{_words(faults)}",

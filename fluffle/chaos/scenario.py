@@ -63,6 +63,7 @@ class Scenario:
     broker: Address | None = None
     stalled_s: float = STALLED_S
     coded: bool = False  # updates are encoded and owe something, models go as rounded differences
+    asynchronous: bool = False  # rounds are buffered: no two runs make the same versions, as with a quorum
     training_s: float | None = None  # None: long enough for a round to be something that can be struck
 
     @property
@@ -92,6 +93,10 @@ class Scenario:
 
     def _round(self) -> RoundSettings:
         count = len(self.shape.participants)
+        if self.asynchronous:
+            return RoundSettings(
+                participants=count, policy="buffered", buffer=count, deadline_s=3.0, deadline_max_s=10.0
+            )
         if not self.shape.quorum:
             return RoundSettings(participants=count, deadline_s=120.0, deadline_max_s=120.0)
         return RoundSettings(

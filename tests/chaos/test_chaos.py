@@ -98,6 +98,13 @@ def test_with_a_quorum_every_update_meets_one_fate(tmp_path: Path, seed: int) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_asynchronous_rounds_lose_nothing_and_count_nothing_twice(tmp_path: Path, seed: int) -> None:
+    needs_rabbitmq()
+    nothing_was_lost(chaos(tmp_path, "--asynchronous", "--seed", str(seed), "--faults", "50"), 50)
+
+
+@pytest.mark.slow
 def test_a_broker_that_is_named_is_used_and_not_struck(rabbit: Rabbit, tmp_path: Path) -> None:
     secrets = tmp_path / "secrets.toml"
     users = (AGGREGATOR, *participant_names(PARTICIPANTS))
