@@ -146,6 +146,19 @@ def test_transfers_take_the_time_of_their_bytes(tmp_path: Path) -> None:
     assert ran.durations == pytest.approx([1 + 2 * model.size_bytes * 8 / 0.5e6] * 4)
 
 
+def test_buffered_versions_come_when_their_buffers_are_full(tmp_path: Path) -> None:
+    """Nobody waits: whoever takes d seconds sends at d, 2 d, 3 d, ..., and every sixth closes a version."""
+    delays = {"p01": 2.0, "p02": 2.3, "p03": 2.7, "p04": 3.1, "p05": 3.3, "p06": 3.7}
+    (tmp_path / "t.csv").write_text("participant,delay_s\n" + "".join(f"{n},{s}\n" for n, s in delays.items()))
+    ran = run(
+        tmp_path, simulation__delay=f"trace:{tmp_path / 't.csv'}", round__policy="buffered", round__buffer=6,
+        stop__rounds=8,
+    )  # fmt: skip
+    arrivals = sorted(turn * seconds for seconds in delays.values() for turn in range(1, 40))
+    assert [report.closed for report in ran.watch.reports] == pytest.approx(arrivals[5 : 6 * 8 : 6])
+    assert [report.accepted for report in ran.watch.reports] == [6] * 8
+
+
 @contextmanager
 def busy() -> Iterator[None]:
     """Another thread wants the processor all the time."""
@@ -249,6 +262,7 @@ OFFERED: dict[str, dict[str, Scalar]] = {
     "large bodies": {"broker__inline_bytes": 1000, "codec__down": "fp16"},
     "learned deadline": {"round__deadline": "auto", "round__quorum": 2},
     "federated evaluation": {"evaluation__mode": "federated"},
+    "buffered": {"round__policy": "buffered", "round__buffer": 3},
     "in one pass": {"simulation__vectorise": True},
     "claim-check store": {"broker__inline_bytes": 1000, "store__url": "FOLDER"},
 }
@@ -264,7 +278,7 @@ def test_what_simulations_offer_works_in_virtual_time(settings: dict[str, Scalar
     assert {decision.verdict for decision in ran.ledger} <= {"counted", "late"}
     assert ran.outcome.virtual_s is not None
     assert 0 < ran.outcome.virtual_s < 60
-    if settings.get("round__deadline") != "auto":
+    if "round__deadline" not in settings and "round__policy" not in settings:
         expected = [max(half_normal(1, r.task)) for r in ran.watch.reports if r.work == "train"]
         assert [r.duration_s for r in ran.watch.reports if r.work == "train"] == pytest.approx(expected)
 
