@@ -10,7 +10,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from broker.errors import StateError
@@ -40,6 +40,7 @@ def test_a_week_passes_at_once_and_exactly() -> None:
     assert time.monotonic() - began < 5
 
 
+@example([1.0, 1.0004])
 @given(st.lists(st.floats(0.001, 1e6), min_size=1, max_size=20))
 def test_sleepers_wake_in_their_order_at_their_times(waits: list[float]) -> None:
     woken: list[tuple[float, float]] = []
