@@ -32,8 +32,9 @@ from aggregator.quota import Quotas
 from aggregator.registry import Registry
 from aggregator.round import Round, Step, reckoned
 from aggregator.status import RunStatus
-from aggregator.strategies import make_strategy
+from aggregator.strategies import Strategy, check_training, make_strategy
 from aggregator.strategies.contribution import Contribution
+from aggregator.strategies.partial import Partial
 from aggregator.takeover import Takeover, commit, mark_end
 from aggregator.ways import Ways
 from broker import tensors
@@ -67,6 +68,7 @@ from broker.offload import LIGHT_BYTES, off_loop
 from broker.retry import Backoff, publish
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery, Inbox
+from broker.travelling import controls_in
 from broker.wire import FROM_PARTICIPANT, decode, encode
 
 log = structlog.get_logger(__name__)
@@ -85,6 +87,7 @@ class Aggregator:
         self._term: Term | None = None
         self._trouble = "connecting"
         self._welcome = False
+        check_training(job.settings.strategy.name, job.settings.train)
         make_strategy(job.settings.strategy, job.settings.round)  # an unknown one is refused before anything starts
 
     async def run(self) -> HeadRecord:
@@ -150,7 +153,9 @@ class Term:
         settings = job.settings
         self.job, self.settings, self.lead, self.topology = job, settings, lead, topology
         self.archive, self.around = archive, around
-        self.strategy = make_strategy(settings.strategy, settings.round, archive.checkpoints.directory)
+        strategy = make_strategy(settings.strategy, settings.round, archive.checkpoints.directory)
+        local = settings.personal.patterns
+        self.strategy: Strategy = Partial(strategy, local) if local else strategy
         ways = Ways(lead.reader, lead.writer, topology, settings, around.store)
         self.models = Models(ways, archive)
         self.intake = Intake(ways, scratch=archive.checkpoints.directory)
@@ -239,6 +244,7 @@ class Term:
         bodies, reading = await takeover.take_over(self.began)
         self.blob, self.model = bodies.model, tensors.decode(bodies.model)
         self._take_state(bodies.state)
+        self.intake.expect(self.model, self.strategy.wants, self.settings.personal.patterns)
         if self.state:  # another strategy's is refused before anybody is asked
             self.strategy.start(self.model, self.state)
         await asyncio.to_thread(self.archive.poison.count, self.head.run_id)
@@ -260,6 +266,7 @@ class Term:
         self.arrived_s.clear()
         self.removed = set(control.removed_at_offset(self.head))
         if self.round and self.round.open.work == "train":
+            self.intake.expect(self.model, self.strategy.wants, self.settings.personal.patterns)
             self.strategy.start(self.model, self.state)
 
     def _wait_s(self) -> float:
@@ -355,10 +362,13 @@ class Term:
             raise BadMessage(
                 f"strategy {self.settings.strategy.name!r} sums {self.strategy.wants}s, not {update.arrays}s"
             )
-        arrays = await self.intake.arrays(update, payload, self.model, len(self.blob))
+        arrays, control = await self.intake.arrays(update, payload, len(self.blob))
         if update.body and update.body.where != "inline":
             self.bytes_up += update.body.size_bytes
-        by = Contribution(weight, update.participant, update.effective_steps, damping(staleness))
+        by = Contribution(
+            weight, update.participant, update.effective_steps, damping(staleness), controls_in(control),
+            update.start_loss,
+        )  # fmt: skip
         await off_loop(self._work_bytes, self.strategy.add, arrays, by)
         return weight
 

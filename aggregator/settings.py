@@ -107,8 +107,8 @@ class StrategySettings(Part):
     name: Annotated[
         Word,
         Field(
-            description="`fedavg`, `fedsgd`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fednova` or `diloco`; "
-            "robust: `median`, `trimmed-mean`, `krum`, `multi-krum`, `bulyan` or `geometric-median`"
+            description="`fedavg`, `fedsgd`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fednova`, `diloco` or "
+            "`scaffold`; robust: `median`, `trimmed-mean`, `krum`, `multi-krum`, `bulyan` or `geometric-median`"
         ),
     ] = "fedavg"
     server_lr: Annotated[
@@ -157,6 +157,31 @@ class StrategySettings(Part):
     def buffer_patterns(self) -> frozenset[str]:
         """What is in `buffers`, one by one."""
         return frozenset(name.strip() for name in self.buffers.split(",")) - {""}
+
+
+class PersonalSettings(Part):
+    """What stays with each participant and is its own."""
+
+    local: Annotated[
+        Text,
+        Field(
+            description="names of tensors that stay with each participant and never travel, `*` stands for "
+            "anything: `*bn*` (FedBN), `head.*` (FedPer)"
+        ),
+    ] = ""
+    ditto: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="each participant also trains a model of its own, held to the global one with this weight "
+            "(Ditto); at most 1 / train.lr; 0: none",
+        ),
+    ] = 0.0
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """What is in `local`, one by one."""
+        return tuple(sorted({name.strip() for name in self.local.split(",")} - {""}))
 
 
 def names_in(codecs: str) -> tuple[str, ...]:
@@ -250,6 +275,7 @@ class RunSettings(Part):
     stop: StopSettings = StopSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     strategy: StrategySettings = StrategySettings()
+    personal: PersonalSettings = PersonalSettings()
     codec: CodecSettings = CodecSettings()
     broker: BrokerSettings = BrokerSettings()
     store: StoreSettings = StoreSettings()

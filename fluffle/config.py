@@ -34,6 +34,7 @@ from aggregator.settings import (
     BrokerSettings,
     CodecSettings,
     EvaluationSettings,
+    PersonalSettings,
     RoundSettings,
     RunSettings,
     StopSettings,
@@ -261,6 +262,14 @@ class TrainSection(Part):
     mu: Annotated[
         float | None, Field(ge=0, description="weight of FedProx's proximal term; at most 1 / train.lr")
     ] = None
+    optimiser: Annotated[
+        Literal["sgd", "adamw"] | None,
+        Field(description="the local optimiser; `adamw` goes on from round to round"),
+    ] = None
+    beta_1: Annotated[float | None, Field(ge=0, lt=1, description="of `adamw`; 0.9")] = None
+    beta_2: Annotated[float | None, Field(ge=0, lt=1, description="of `adamw`; 0.999")] = None
+    eps: Annotated[float | None, Field(gt=0, le=1, description="of `adamw`; 1e-8")] = None
+    weight_decay: Annotated[float | None, Field(ge=0, description="of `adamw`; 0.01")] = None
     max_seconds: Annotated[
         float | None, Field(ge=0, description="train at most about so long per round; 0: no limit")
     ] = None
@@ -287,6 +296,7 @@ class Config(Part):
     stop: StopSettings = StopSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     strategy: StrategySettings = StrategySettings()
+    personal: PersonalSettings = PersonalSettings()
     codec: CodecSettings = CodecSettings()
     train: TrainSection = TrainSection()
     simulation: SimulationSection = SimulationSection()
@@ -319,6 +329,7 @@ class Config(Part):
             stop=self.stop,
             evaluation=self.evaluation,
             strategy=self.strategy,
+            personal=self.personal,
             codec=self.codec,
             broker=BrokerSettings(**self.broker.model_dump(include=set(BrokerSettings.model_fields))),
             store=StoreSettings(**self.store.model_dump(include=set(StoreSettings.model_fields))),

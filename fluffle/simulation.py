@@ -17,7 +17,7 @@ import structlog
 from aggregator.archive import BEHIND_S
 from aggregator.daemon import Aggregator
 from aggregator.job import Surroundings
-from aggregator.strategies import make_strategy
+from aggregator.strategies import check_training, make_strategy
 from broker.errors import ConfigError, first_known
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
@@ -73,6 +73,7 @@ def plan_simulation(config: Config) -> Plan:
     """Loads the task and shares out its data. Raises FluffleError for what cannot work."""
     broker = _broker(config)
     make_strategy(config.strategy, config.round)
+    check_training(config.strategy.name, config.train.chosen())
     definition = find_task(config.task)
     definition.recipe(config.train.chosen())
     check_metrics(config, definition)
@@ -169,8 +170,10 @@ async def _learning_tasks(plan: Plan, display: Display, thread: Lane) -> Callabl
 
 
 def _together(config: Config, definition: TaskDefinition, tasks: Mapping[str, TorchTask]) -> Together:
-    if make_strategy(config.strategy, config.round).wants == "gradient":
-        raise Unstackable(f"strategy {config.strategy.name!r} sums gradients, which are computed one by one")
+    if make_strategy(config.strategy, config.round).wants != "delta":
+        raise Unstackable(f"strategy {config.strategy.name!r} wants more, or other, than trained models")
+    if config.personal.local or config.personal.ditto:
+        raise Unstackable("participants have tensors or models of their own (personal.local, personal.ditto)")
     asked = min(config.round.cohort or len(tasks), len(tasks))
     return Together(tasks, definition.recipe(config.train.chosen()), asked)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from aggregator.settings import RoundSettings, StrategySettings
 from aggregator.strategies.adaptive import Adaptive, NextV, adagrad, adam, yogi
@@ -22,9 +22,11 @@ from aggregator.strategies.geometric_median import GeometricMedian
 from aggregator.strategies.krum import Krum
 from aggregator.strategies.median import Median
 from aggregator.strategies.optimiser import Rule, ServerOptimiser
+from aggregator.strategies.scaffold import Scaffold
 from aggregator.strategies.trimmed_mean import TrimmedMean
 from aggregator.sums import FixedPointSum
 from broker.errors import ConfigError
+from broker.messages import Settings, Wants
 from broker.tensors import Arrays, Named
 
 
@@ -32,7 +34,7 @@ class Strategy(Protocol):
     """One round: `start`, any number of `add`, `finish`. `wants` says what participants send; what `uses_disk` is
     not for the event loop."""
 
-    wants: Literal["delta", "gradient"]
+    wants: Wants
     uses_disk: bool
 
     @property
@@ -87,6 +89,10 @@ STRATEGIES: dict[str, Make] = {
     "fednova": _fednova,
     "diloco": _optimising(lambda s: DiLoCo(s.server_lr or 0.7, s.momentum)),
 }
+NEED_PLAIN_STEPS: dict[str, dict[str, float | str]] = {
+    "scaffold": {"optimiser": "sgd", "momentum": 0.0, "mu": 0.0},
+    "fednova": {"optimiser": "sgd"},
+}
 AT_PARTICIPANTS = {"fedprox": "strategy.name = 'fedavg' with train.mu = 0.01 (or another mu)"}
 
 ROBUST: dict[str, Callable[[StrategySettings], RobustRule]] = {
@@ -103,10 +109,32 @@ def make_strategy(settings: StrategySettings, rounds: RoundSettings, scratch: Pa
     """The strategy that the settings name. `scratch`: where it may put files without a name; None: where the system
     puts temporary ones. Raises ConfigError for an unknown one, or rounds that are too small for what it bears."""
     strategy = _strategy(settings, rounds, scratch)
+    if settings.clip_norm and strategy.wants == "delta+control":
+        raise ConfigError(
+            "strategy.clip_norm with scaffold: a control variate would no longer be the mean gradient of the steps "
+            "that count: set strategy.clip_norm to 0, or use another strategy"
+        )
     return Clipped(strategy, settings.clip_norm) if settings.clip_norm else strategy
 
 
+def check_training(name: str, train: Settings) -> None:
+    """Raises ConfigError if participants train in a way that the strategy's formula does not hold for."""
+    if name in NEED_PLAIN_STEPS:
+        for setting, plain in NEED_PLAIN_STEPS[name].items():
+            if train.get(setting, plain) != plain:
+                raise ConfigError(
+                    f"strategy.name = {name!r} needs participants that descend by plain gradients, and "
+                    f"train.{setting} is {train[setting]!r}: set it to {plain!r}, or use another strategy"
+                )
+
+
+def _one_vote_each(rounds: RoundSettings) -> FixedPointSum:
+    return FixedPointSum(1, 2 * rounds.most_asked)
+
+
 def _strategy(settings: StrategySettings, rounds: RoundSettings, scratch: Path | None) -> Strategy:
+    if settings.name == "scaffold":
+        return Scaffold(rounds.participants, _one_vote_each(rounds), settings)
     if settings.name in ROBUST:
         rule = ROBUST[settings.name](settings)
         _check_size(rule.least, settings, rounds)
@@ -119,7 +147,7 @@ def _strategy(settings: StrategySettings, rounds: RoundSettings, scratch: Path |
             f"strategy.name = {settings.name!r} is how participants train: set {AT_PARTICIPANTS[settings.name]}"
         )
     raise ConfigError(
-        f"strategy.name = {settings.name!r} is unknown: {_near(settings.name, [*STRATEGIES, *ROBUST])}"
+        f"strategy.name = {settings.name!r} is unknown: {_near(settings.name, [*STRATEGIES, 'scaffold', *ROBUST])}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from aggregator.strategies.clipping import scaled
 from aggregator.strategies.contribution import Contribution
 from aggregator.sums import Scale, check_within, put
 from broker.errors import StateError
+from broker.messages import Wants
 from broker.tensors import Arrays, Named
 
 Combine = Callable[[Rows], NDArray[np.float64]]  # (updates, values) -> (values,)
@@ -42,7 +43,7 @@ class Collected:
     and are combined by the coordinate median, integers rounded to the nearest.
     """
 
-    wants: Literal["delta", "gradient"] = "delta"
+    wants: Wants = "delta"
     uses_disk = True
 
     def __init__(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
 
 from aggregator.strategies.buffers import parameters
 from aggregator.strategies.contribution import Contribution
 from aggregator.sums import FixedPointSum
+from broker.messages import Wants
 from broker.tensors import Arrays, Named
 
 
@@ -19,7 +19,7 @@ class FedAvg:
     statistics are averaged whatever server_lr is; integer ones are rounded to the nearest.
     """
 
-    wants: Literal["delta", "gradient"] = "delta"
+    wants: Wants = "delta"
     uses_disk = False
 
     def __init__(self, total: FixedPointSum, server_lr: float, buffers: Collection[str] = ()) -> None:

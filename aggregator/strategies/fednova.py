@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Literal
 
 from aggregator.strategies.buffers import parameters
 from aggregator.strategies.contribution import Contribution
 from aggregator.sums import FixedPointSum
 from broker.errors import BadMessage
+from broker.messages import Wants
 from broker.tensors import Arrays, Named
 
 
@@ -25,7 +25,7 @@ class FedNova:
     makes everybody's step longer. `most_steps` limits that.
     """
 
-    wants: Literal["delta", "gradient"] = "delta"
+    wants: Wants = "delta"
     uses_disk = False
 
     def __init__(

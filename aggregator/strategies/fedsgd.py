@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
 
 from aggregator.strategies.fedavg import FedAvg
 from aggregator.sums import FixedPointSum
+from broker.messages import Wants
 
 
 class FedSGD(FedAvg):
@@ -16,7 +16,7 @@ class FedSGD(FedAvg):
     buffer is zero: it stays as it is.
     """
 
-    wants: Literal["delta", "gradient"] = "gradient"
+    wants: Wants = "gradient"
 
     def __init__(self, total: FixedPointSum, server_lr: float, buffers: Collection[str] = ()) -> None:
         super().__init__(total, -server_lr, buffers)

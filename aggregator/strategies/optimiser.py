@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from aggregator.strategies.buffers import parameters
 from aggregator.strategies.contribution import Contribution
 from aggregator.sums import FixedPointSum, blocks, put
 from broker.errors import BadMessage, StateError
+from broker.messages import Wants
 from broker.tensors import MAX_NAME, Arrays, Named, check_like
 
 Block = NDArray[np.float64]
@@ -37,7 +38,7 @@ class ServerOptimiser:
     parameter is. What is no parameter (see `buffers.py`) is averaged plainly and has no moments.
     """
 
-    wants: Literal["delta", "gradient"] = "delta"
+    wants: Wants = "delta"
     uses_disk = False
 
     def __init__(self, total: FixedPointSum, rule: Rule, buffers: Collection[str]) -> None:
