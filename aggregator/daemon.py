@@ -245,7 +245,7 @@ class Term:
         self.blob, self.model = bodies.model, tensors.decode(bodies.model)
         self._take_state(bodies.state)
         self.intake.expect(self.model, self.strategy.wants, self.settings.personal.patterns)
-        if self.state:  # another strategy's is refused before anybody is asked
+        if self.state or self.settings.personal.local:  # what does not fit is refused before anybody is asked
             self.strategy.start(self.model, self.state)
         await asyncio.to_thread(self.archive.poison.count, self.head.run_id)
         self.archive.note(self.head)  # the leader before may have died before it could

@@ -39,6 +39,8 @@ class Sizes:
 
     def describe(self, blob: tensors.Buffer, model: Where | None, name: str = "") -> Where:
         """How a body travels: the way that the model came. `name`: of one that is handed over in memory."""
+        if model is not None and model.where == "inline":  # a control variate may make it larger than the model
+            return describe(blob, len(blob), self.chunk_bytes)
         if model is not None and model.where == "url":
             return describe(blob, self.inline_bytes, self.part_bytes, "url", name)
         return describe(blob, self.inline_bytes, self.chunk_bytes)
