@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from broker.errors import (
     AccessRefused,
     BadMessage,
     ChunksMissing,
+    ConfigError,
     LeadershipLost,
     MessageTooLarge,
     TaskError,
@@ -64,11 +66,11 @@ from broker.messages import (
     TrainFailed,
     UpdateReady,
 )  # fmt: skip
-from broker.offload import LIGHT_BYTES, off_loop
+from broker.offload import LIGHT_BYTES, contained, off_loop
 from broker.retry import Backoff, publish
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery, Inbox
-from broker.travelling import controls_in
+from broker.travelling import controls_in, shared
 from broker.wire import FROM_PARTICIPANT, decode, encode
 
 log = structlog.get_logger(__name__)
@@ -88,7 +90,11 @@ class Aggregator:
         self._trouble = "connecting"
         self._welcome = False
         check_training(job.settings.strategy.name, job.settings.train)
-        make_strategy(job.settings.strategy, job.settings.round)  # an unknown one is refused before anything starts
+        if (job.settings.strategy.name == "fltrust") != (job.root is not None):
+            raise ConfigError("strategy.name = 'fltrust' needs a job with `root`, and no other strategy does")
+        make_strategy(
+            job.settings.combining, job.settings.round
+        )  # an unknown one is refused before anything starts
 
     async def run(self) -> HeadRecord:
         """Returns the last record once the run is finished. A lost connection or lead begins a new term.
@@ -153,7 +159,7 @@ class Term:
         settings = job.settings
         self.job, self.settings, self.lead, self.topology = job, settings, lead, topology
         self.archive, self.around = archive, around
-        strategy = make_strategy(settings.strategy, settings.round, archive.checkpoints.directory)
+        strategy = make_strategy(settings.combining, settings.round, archive.checkpoints.directory)
         local = settings.personal.patterns
         self.strategy: Strategy = Partial(strategy, local) if local else strategy
         ways = Ways(lead.reader, lead.writer, topology, settings, around.store)
@@ -245,7 +251,7 @@ class Term:
         self.blob, self.model = bodies.model, tensors.decode(bodies.model)
         self._take_state(bodies.state)
         self.intake.expect(self.model, self.strategy.wants, self.settings.personal.patterns)
-        if self.state or self.settings.personal.local:  # what does not fit is refused before anybody is asked
+        if self.state or self.settings.personal.local:  # what is unfit is refused before anybody is asked
             self.strategy.start(self.model, self.state)
         await asyncio.to_thread(self.archive.poison.count, self.head.run_id)
         self.archive.note(self.head)  # the leader before may have died before it could
@@ -511,6 +517,8 @@ class Term:
     async def _new_version(self, record: HeadRecord) -> HeadRecord:
         """The record with the round's new model, stored and measured but not yet committed."""
         step: tensors.Buffer | None = None
+        if self.job.root is not None:
+            await self._add_root(self.job.root, record.round)
         if self.settings.codec.down != NONE and self.models.is_large(self.blob):
             self.blob, step = await off_loop(self._work_bytes, self._combine_stepwise)
         else:
@@ -527,6 +535,12 @@ class Term:
             version=record.version + 1, model=where, state=state, previous=record.model, difference=way,
             metrics=metrics,
         )  # fmt: skip
+
+    async def _add_root(self, root: Callable[[tensors.Arrays, int], tensors.Arrays], number: int) -> None:
+        """Adds the aggregator's own update, as if it were a participant's."""
+        trained = await asyncio.to_thread(contained(root), self.model, number)
+        own = shared(trained, self.settings.personal.patterns)
+        await off_loop(self._work_bytes, self.strategy.add, own, Contribution(1, AGGREGATOR))
 
     def _combine_stepwise(self) -> tuple[tensors.Buffer, tensors.Buffer]:
         """The version to commit, and its difference to the one before, which stays as it is."""

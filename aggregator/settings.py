@@ -107,8 +107,9 @@ class StrategySettings(Part):
     name: Annotated[
         Word,
         Field(
-            description="`fedavg`, `fedsgd`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fednova`, `diloco` or "
-            "`scaffold`; robust: `median`, `trimmed-mean`, `krum`, `multi-krum`, `bulyan` or `geometric-median`"
+            description="`fedavg`, `fedsgd`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fednova`, `diloco`, "
+            "`scaffold` or `q-fedavg`; robust: `median`, `trimmed-mean`, `krum`, `multi-krum`, `bulyan`, "
+            "`geometric-median` or `fltrust`"
         ),
     ] = "fedavg"
     server_lr: Annotated[
@@ -139,6 +140,21 @@ class StrategySettings(Part):
             "own buffers if its code is at hand"
         ),
     ] = "*running_mean,*running_var,*num_batches_tracked"
+    q: Annotated[
+        float,
+        Field(ge=0, le=100, description="how much more a large loss counts with `q-fedavg`; 0: as any"),
+    ] = 1.0
+    lipschitz: Annotated[
+        float, Field(ge=0, le=1e9, description="that of gradients, for `q-fedavg`; 0: 1 / train.lr")
+    ] = 0.0
+    root_examples: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=1 << 30,
+            description="how many held-out examples the aggregator trains on with `fltrust`, and not evaluates",
+        ),
+    ] = 100
     byzantine: Annotated[
         int, Field(ge=1, le=1 << 20, description="how many bad participants a robust strategy shall bear")
     ] = 1
@@ -279,3 +295,11 @@ class RunSettings(Part):
     codec: CodecSettings = CodecSettings()
     broker: BrokerSettings = BrokerSettings()
     store: StoreSettings = StoreSettings()
+
+    @property
+    def combining(self) -> StrategySettings:
+        """How updates are combined, with what follows from how participants train."""
+        lr = self.train.get("lr", 0.0)
+        if self.strategy.lipschitz or not isinstance(lr, int | float) or not lr:
+            return self.strategy
+        return self.strategy.model_copy(update={"lipschitz": 1 / lr})

@@ -44,7 +44,7 @@ from aggregator.settings import (
 from broker.errors import ConfigError
 from broker.messages import Federation, Part, RunId, Scalar, Word
 from fluffle.flags import FLAGS
-from workers.attack import Attack
+from workers.attack import check_attack
 
 PREFIX = "FLUFFLE_"
 RUNS = "runs"
@@ -67,8 +67,7 @@ Listen = Annotated[
 
 def _attack_exists(attack: str) -> str:
     try:
-        if attack:
-            Attack.named(attack)
+        check_attack(attack)
     except ConfigError as unknown:
         raise ValueError(str(unknown)) from None
     return attack
@@ -241,7 +240,8 @@ class StudySection(Part):
     attack: Annotated[
         AttackName,
         Field(
-            description="what bad participants send: `sign-flip:SCALE`, `gaussian:SIGMA` or `little:Z`; empty: none"
+            description="what bad participants do: `label-flip`, or send: `sign-flip:SCALE`, `gaussian:SIGMA` or "
+            "`little:Z`; empty: none"
         ),
     ] = ""
     attackers: Annotated[int, Field(ge=1, description="how many are bad, drawn by the seed")] = 1

@@ -31,7 +31,7 @@ from fluffle.display import Display, notice
 from fluffle.jobs import check_metrics, task_job
 from fluffle.learning import shares_of
 from fluffle.stores import keepers_store
-from workers.attack import attacking
+from workers.attack import LABEL_FLIP, attacking
 from workers.journal import MemoryJournal
 from workers.lane import Lane
 from workers.link import WorkerSettings
@@ -72,7 +72,7 @@ class Plan:
 def plan_simulation(config: Config) -> Plan:
     """Loads the task and shares out its data. Raises FluffleError for what cannot work."""
     broker = _broker(config)
-    make_strategy(config.strategy, config.round)
+    make_strategy(config.run_settings().combining, config.round)
     check_training(config.strategy.name, config.train.chosen())
     definition = find_task(config.task)
     definition.recipe(config.train.chosen())
@@ -170,8 +170,10 @@ async def _learning_tasks(plan: Plan, display: Display, thread: Lane) -> Callabl
 
 
 def _together(config: Config, definition: TaskDefinition, tasks: Mapping[str, TorchTask]) -> Together:
-    if make_strategy(config.strategy, config.round).wants != "delta":
+    if make_strategy(config.run_settings().combining, config.round).wants != "delta":
         raise Unstackable(f"strategy {config.strategy.name!r} wants more, or other, than trained models")
+    if config.study.attack == LABEL_FLIP:
+        raise Unstackable("some participants train on flipped labels")
     if config.personal.local or config.personal.ditto:
         raise Unstackable("participants have tensors or models of their own (personal.local, personal.ditto)")
     asked = min(config.round.cohort or len(tasks), len(tasks))

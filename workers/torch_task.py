@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from broker.errors import DataError, TaskError
+from broker.errors import ConfigError, DataError, TaskError
 from workers.data import Dataset
 from workers.modules import arrays_of, build, load_arrays, seeded, views
 from workers.optimisers import optimiser
@@ -117,6 +118,17 @@ class TorchTask:
             loss = self._measure(self.rows)["loss"]
         self.module.train()
         return loss
+
+    def with_flipped_labels(self) -> TorchTask:
+        """The same task with labels y -> classes - 1 - y to train on. Raises ConfigError without classes."""
+        if self.definition.metric != "accuracy":
+            raise ConfigError(f"task {self.name!r} has no classes: its labels cannot be flipped")
+        self.module.eval()
+        with torch.inference_mode():
+            classes = self._forward(self.rows.x[:1], self.rows.y[:1])[0].shape[1]
+        flipped = copy(self)
+        flipped.rows = replace(self.rows, y=classes - 1 - self.rows.y)
+        return flipped
 
     def descends(self, config: TrainConfig) -> bool:
         """Whether that asks for gradient descent, and neither for a gradient nor for statistics."""

@@ -18,10 +18,12 @@ from aggregator.strategies.fedavg import FedAvg
 from aggregator.strategies.fedavgm import FedAvgM
 from aggregator.strategies.fednova import FedNova
 from aggregator.strategies.fedsgd import FedSGD
+from aggregator.strategies.fltrust import FLTrust
 from aggregator.strategies.geometric_median import GeometricMedian
 from aggregator.strategies.krum import Krum
 from aggregator.strategies.median import Median
 from aggregator.strategies.optimiser import Rule, ServerOptimiser
+from aggregator.strategies.qfedavg import QFedAvg
 from aggregator.strategies.scaffold import Scaffold
 from aggregator.strategies.trimmed_mean import TrimmedMean
 from aggregator.sums import FixedPointSum
@@ -89,6 +91,7 @@ STRATEGIES: dict[str, Make] = {
     "fednova": _fednova,
     "diloco": _optimising(lambda s: DiLoCo(s.server_lr or 0.7, s.momentum)),
 }
+SPECIAL = ("scaffold", "q-fedavg", "fltrust")
 NEED_PLAIN_STEPS: dict[str, dict[str, float | str]] = {
     "scaffold": {"optimiser": "sgd", "momentum": 0.0, "mu": 0.0},
     "fednova": {"optimiser": "sgd"},
@@ -135,6 +138,10 @@ def _one_vote_each(rounds: RoundSettings) -> FixedPointSum:
 def _strategy(settings: StrategySettings, rounds: RoundSettings, scratch: Path | None) -> Strategy:
     if settings.name == "scaffold":
         return Scaffold(rounds.participants, _one_vote_each(rounds), settings)
+    if settings.name == "q-fedavg":
+        return _qfedavg(settings, scratch)
+    if settings.name == "fltrust":
+        return FLTrust(None, settings.server_lr or 1.0, settings.buffer_patterns, scratch)
     if settings.name in ROBUST:
         rule = ROBUST[settings.name](settings)
         _check_size(rule.least, settings, rounds)
@@ -147,8 +154,17 @@ def _strategy(settings: StrategySettings, rounds: RoundSettings, scratch: Path |
             f"strategy.name = {settings.name!r} is how participants train: set {AT_PARTICIPANTS[settings.name]}"
         )
     raise ConfigError(
-        f"strategy.name = {settings.name!r} is unknown: {_near(settings.name, [*STRATEGIES, 'scaffold', *ROBUST])}"
+        f"strategy.name = {settings.name!r} is unknown: {_near(settings.name, [*STRATEGIES, *SPECIAL, *ROBUST])}"
     )
+
+
+def _qfedavg(settings: StrategySettings, scratch: Path | None) -> Strategy:
+    if not settings.lipschitz:
+        raise ConfigError(
+            "strategy.name = 'q-fedavg' needs the participants' step size: set train.lr, or strategy.lipschitz to "
+            "1 / that"
+        )
+    return QFedAvg(settings, settings.buffer_patterns, scratch)
 
 
 def _near(name: str, known: Iterable[str]) -> str:
