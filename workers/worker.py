@@ -21,7 +21,7 @@ from broker.errors import BadMessage, FluffleError, StateError, TransportError
 from broker.messages import Fate, Heartbeat, Join, Leave, Phase, TrainFailed, TrainRound, UpdateReady
 from broker.offload import contained, off_loop
 from broker.store import Store
-from broker.tensors import Arrays, Buffer
+from broker.tensors import Buffer
 from broker.tensors import decode as decode_arrays
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
@@ -321,11 +321,12 @@ class Worker:
 
     async def _own(self, order: Order, blob: Buffer) -> Own:
         """What is this participant's own. Of another run, or another model, it is of no use any more."""
-        told, base = order.told, decode_arrays(blob)
-        server: Arrays = {}
+        told, kept = order.told, await self.site.journal.own()
+        if kept is None and not is_needed(told):
+            return Own(told)
+        base, server = decode_arrays(blob), dict[str, Any]()
         if told.work == "train":
             server = decode_arrays(await self._link.fetch_state(told, order.payload))
-        kept = await self.site.journal.own()
         if kept is not None:
             try:
                 return await off_loop(len(kept.blob), partial(own_of, server=server), told, kept.arrays(told), base)
