@@ -11,7 +11,7 @@ from aggregator.round import Round
 from aggregator.settings import RunSettings
 from broker.errors import Unroutable
 from broker.head import HeadRecord
-from broker.messages import Fate, Join, Status, TrainRound, Wants
+from broker.messages import Fate, Join, Status, TrainRound, Wants, Where
 from broker.retry import publish
 from broker.topology import EVERYONE, Topology
 from broker.wire import encode
@@ -56,6 +56,11 @@ class Announcer:
         self._wants = wants
         self.bytes_down = 0
 
+    @property
+    def _state(self) -> Where | None:
+        """Where the strategy's state is, if participants need it."""
+        return self._lead.record.state if self._wants == "delta+control" else None
+
     async def announce(self, open_round: Round | None, live: Sequence[str], now: float) -> None:
         """Tells everybody: who is asked for what, the newest model, what became of the last updates."""
         missing = open_round.to_tell if open_round else []
@@ -72,7 +77,9 @@ class Announcer:
             told = set(live) if head.finished else {p for p, (task, _) in head.settled.items() if task == closed}
             for participant in sorted(told.union(missing)):
                 await self.tell(participant, {}, open_round, now)
+        state = self._state
         self.bytes_down += sum(_fetched_bytes(head, participant) for participant in missing)
+        self.bytes_down += len(missing) * (state.size_bytes - _inline_bytes(state)) if state else 0
 
     async def tell(self, participant: str, fates: Fates, open_round: Round | None, now: float) -> None:
         """Tells one participant what concerns it."""
@@ -102,6 +109,9 @@ class Announcer:
             data=self._settings.data,
             settings=self._settings.train,
             wants=self._wants,
+            state=self._state,
+            local=self._settings.personal.patterns,
+            ditto=self._settings.personal.ditto,
             codecs=self._settings.codec.allowed,
             seed=self._settings.seed,
             deadline_s=max(0.0, opened.deadline - now) if opened else 0.0,
@@ -111,13 +121,17 @@ class Announcer:
         )
 
     async def _publish(self, key: str, order: TrainRound, readers: int) -> None:
-        inline = order.model is not None and order.model.where == "inline"
-        frame = encode(order, self._lead.payload[: order.model.size_bytes] if inline and order.model else b"")
+        inline_bytes = sum(_inline_bytes(body) for body in (order.model, order.state))
+        frame = encode(order, self._lead.payload[:inline_bytes])
         try:
             await publish(self._lead.writer, self._topology.down, key, frame)
             self.bytes_down += len(frame) * readers
         except Unroutable:
             log.debug("nobody_to_tell", key=key)  # nobody there yet, or gone for so long that the inbox expired
+
+
+def _inline_bytes(body: Where | None) -> int:
+    return body.size_bytes if body is not None and body.where == "inline" else 0
 
 
 def _fetched_bytes(head: HeadRecord, participant: str) -> int:

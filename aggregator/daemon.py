@@ -7,6 +7,7 @@ reads the same stream from the same offset and decides the same. One task decide
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -31,8 +32,9 @@ from aggregator.quota import Quotas
 from aggregator.registry import Registry
 from aggregator.round import Round, Step, reckoned
 from aggregator.status import RunStatus
-from aggregator.strategies import make_strategy
+from aggregator.strategies import Strategy, check_training, make_strategy
 from aggregator.strategies.contribution import Contribution
+from aggregator.strategies.partial import Partial
 from aggregator.takeover import Takeover, commit, mark_end
 from aggregator.ways import Ways
 from broker import tensors
@@ -42,6 +44,7 @@ from broker.errors import (
     AccessRefused,
     BadMessage,
     ChunksMissing,
+    ConfigError,
     LeadershipLost,
     MessageTooLarge,
     TaskError,
@@ -62,10 +65,11 @@ from broker.messages import (
     TrainFailed,
     UpdateReady,
 )  # fmt: skip
-from broker.offload import LIGHT_BYTES, off_loop
+from broker.offload import LIGHT_BYTES, contained, off_loop
 from broker.retry import Backoff, publish
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery, Inbox
+from broker.travelling import controls_in, shared
 from broker.wire import FROM_PARTICIPANT, decode, encode
 
 log = structlog.get_logger(__name__)
@@ -84,7 +88,12 @@ class Aggregator:
         self._term: Term | None = None
         self._trouble = "connecting"
         self._welcome = False
-        make_strategy(job.settings.strategy, job.settings.round)  # an unknown one is refused before anything starts
+        check_training(job.settings.strategy.name, job.settings.train, job.settings.round)
+        if (job.settings.strategy.name == "fltrust") != (job.root is not None):
+            raise ConfigError("strategy.name = 'fltrust' needs a job with `root`, and no other strategy does")
+        make_strategy(
+            job.settings.combining, job.settings.round
+        )  # an unknown one is refused before anything starts
 
     async def run(self) -> HeadRecord:
         """Returns the last record once the run is finished. A lost connection or lead begins a new term.
@@ -148,7 +157,9 @@ class Term:
         settings = job.settings
         self.job, self.settings, self.lead, self.topology = job, settings, lead, topology
         self.archive, self.around = archive, around
-        self.strategy = make_strategy(settings.strategy, settings.round, archive.checkpoints.directory)
+        strategy = make_strategy(settings.combining, settings.round, archive.checkpoints.directory)
+        local = settings.personal.patterns
+        self.strategy: Strategy = Partial(strategy, local) if local else strategy
         ways = Ways(lead.reader, lead.writer, topology, settings, around.store)
         self.models = Models(ways, archive)
         self.intake = Intake(ways, scratch=archive.checkpoints.directory)
@@ -239,7 +250,8 @@ class Term:
         bodies, reading = await takeover.take_over(self.began)
         self.blob, self.model = bodies.model, tensors.decode(bodies.model)
         self._take_state(bodies.state)
-        if self.state:  # another strategy's is refused before anybody is asked
+        self.intake.expect(self.model, self.strategy.wants, self.settings.personal.patterns)
+        if self.state or self.settings.personal.local:  # what is unfit is refused before anybody is asked
             self.strategy.start(self.model, self.state)
         await asyncio.to_thread(self.archive.poison.count, self.head.run_id)
         self.archive.note(self.head)  # the leader before may have died before it could
@@ -260,6 +272,7 @@ class Term:
         self.arrived_s.clear()
         self.removed = set(control.removed_at_offset(self.head))
         if self.round and self.round.open.work == "train":
+            self.intake.expect(self.model, self.strategy.wants, self.settings.personal.patterns)
             self.strategy.start(self.model, self.state)
 
     def _wait_s(self) -> float:
@@ -354,10 +367,13 @@ class Term:
             raise BadMessage(
                 f"strategy {self.settings.strategy.name!r} sums {self.strategy.wants}s, not {update.arrays}s"
             )
-        arrays = await self.intake.arrays(update, payload, self.model, len(self.blob))
+        arrays, control = await self.intake.arrays(update, payload, len(self.blob))
         if update.body and update.body.where != "inline":
             self.bytes_up += update.body.size_bytes
-        by = Contribution(weight, update.participant, update.effective_steps, damping(staleness))
+        by = Contribution(
+            weight, update.participant, update.effective_steps, damping(staleness), controls_in(control),
+            update.start_loss,
+        )  # fmt: skip
         await off_loop(self._work_bytes, self.strategy.add, arrays, by)
         return weight
 
@@ -503,6 +519,8 @@ class Term:
     async def _new_version(self, record: HeadRecord) -> HeadRecord:
         """The record with the round's new model, stored and measured but not yet committed."""
         step: tensors.Buffer | None = None
+        if self.job.root is not None:
+            await self._add_root(self.job.root, record.round)
         if self.settings.codec.down != NONE and self.models.is_large(self.blob):
             self.blob, step = await off_loop(self._work_bytes, self._combine_stepwise)
         else:
@@ -519,6 +537,12 @@ class Term:
             version=record.version + 1, model=where, state=state, previous=record.model, difference=way,
             metrics=metrics,
         )  # fmt: skip
+
+    async def _add_root(self, root: Callable[[tensors.Arrays, int], tensors.Arrays], number: int) -> None:
+        """Adds the aggregator's own update, as if it were a participant's."""
+        trained = await asyncio.to_thread(contained(root), self.model, number)
+        own = shared(trained, self.settings.personal.patterns)
+        await off_loop(self._work_bytes, self.strategy.add, own, Contribution(1, AGGREGATOR))
 
     def _combine_stepwise(self) -> tuple[tensors.Buffer, tensors.Buffer]:
         """The version to commit, and its difference to the one before, which stays as it is."""

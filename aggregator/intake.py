@@ -6,7 +6,7 @@ import mmap
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import structlog
@@ -15,12 +15,13 @@ from aggregator.ways import Ways
 from broker import codecs
 from broker.codecs import NONE, SPARE_BYTES
 from broker.errors import BadMessage, ConnectionLost, StateError, StoreFailed, TransportError
-from broker.messages import Barrier, FromParticipant, Message, UpdateReady, Where
+from broker.messages import Barrier, FromParticipant, Message, UpdateReady, Wants, Where
 from broker.offload import off_loop
 from broker.payloads import MIN_CHUNK_BYTES, MIN_PART_BYTES, PREFETCH, Assembly, collect, is_possible, verify
 from broker.retry import publish
 from broker.tensors import Arrays, Buffer, Named
 from broker.transport import Delivery
+from broker.travelling import beside, shared
 from broker.wire import encode
 
 log = structlog.get_logger(__name__)
@@ -45,13 +46,25 @@ class Intake:
         self._reader, self._writer, self._topology = ways.reader, ways.writer, ways.topology
         self._settings, self._codecs, self._store = ways.settings.broker, ways.settings.codec.allowed, ways.store
         self._scratch = scratch
+        self._like: Arrays = {}
+        self._beside: Arrays = {}
         self._read_to: dict[str, int] = {}
         self._forgotten: set[str] = set()
+
+    def expect(self, model: Arrays, wants: Wants, local: Collection[str]) -> None:
+        """What updates to this model are like: without the tensors that stay with participants."""
+        self._like = shared(model, local)
+        self._beside = beside(self._like, wants)
+
+    def _most_bytes(self, model_bytes: int) -> int:
+        return model_bytes + sum(values.nbytes for values in self._beside.values())
 
     async def prepare(self, participant: str, model: Where | None) -> None:
         """Makes sure that a participant has somewhere to put large updates: they go the way that the model came."""
         if model is not None and model.where == "stream" and participant not in self._read_to:
-            outbox = self._topology.outbox_declarations(participant, model.size_bytes + SPARE_BYTES)
+            outbox = self._topology.outbox_declarations(
+                participant, self._most_bytes(model.size_bytes) + SPARE_BYTES
+            )
             try:
                 await self._writer.declare(*outbox)
             except ConnectionLost:
@@ -70,8 +83,10 @@ class Intake:
             self._read_to.pop(participant, None)
             self._forgotten.add(participant)
 
-    async def arrays(self, update: UpdateReady, payload: memoryview, like: Arrays, most_bytes: int) -> Named:
-        """The update's arrays: whole, genuine, decoded, and shaped like the model. Raises BadMessage."""
+    async def arrays(self, update: UpdateReady, payload: memoryview, model_bytes: int) -> tuple[Named, Arrays]:
+        """The update's arrays: whole, genuine, decoded, and shaped like the model; and what travels beside them.
+        Raises BadMessage."""
+        most_bytes = self._most_bytes(model_bytes)
         if update.body is None:
             raise BadMessage("the update has no body")
         if update.codec not in (NONE, *self._codecs):
@@ -85,7 +100,7 @@ class Intake:
             blob = await self._body(update, update.body, payload)
             await verify(blob, update.body)
         size_bytes = 0 if update.codec == NONE else most_bytes  # without a codec they are views
-        return await off_loop(size_bytes, codecs.packing(update.codec).unpack, blob, like)
+        return await off_loop(size_bytes, codecs.packing(update.codec).unpack_both, blob, self._like, self._beside)
 
     def _handed_over(self, update: UpdateReady, where: Where) -> Buffer | None:
         if self._store is None or where.where != "url":

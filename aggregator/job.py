@@ -26,7 +26,8 @@ Notice = Callable[[str, Mapping[str, object]], None]  # an event's past-tense wo
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is run. `evaluate` measures a model on held-out data; `metric` judges versions.
+    """What is run. `evaluate` measures a model on held-out data; `metric` judges versions. `root` gives
+    the aggregator's own update to a model in a round, from data that it trusts; `fltrust` needs it.
 
     An unfinished other run is given up only if `abandon` names it; a run whose record is gone but whose
     checkpoints are there goes on `from_checkpoint`, or begins again if `fresh`.
@@ -36,6 +37,7 @@ class Job:
     initial: Callable[[], Arrays]
     evaluate: Callable[[Arrays], Metrics] | None = None
     metric: str = "loss"
+    root: Callable[[Arrays, int], Arrays] | None = None
     abandon: str = ""
     from_checkpoint: bool = False
     fresh: bool = False

@@ -182,9 +182,9 @@ class StrategySettings(Part):
     name: Annotated[
         Word,
         Field(
-            description="`fedavg`, `fedsgd`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fednova`, "
-            "`diloco` or `fedasync`; "
-            "robust: `median`, `trimmed-mean`, `krum`, `multi-krum`, `bulyan` or `geometric-median`"
+            description="`fedavg`, `fedsgd`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fednova`, `diloco`, "
+            "`scaffold`, `q-fedavg` or `fedasync`; robust: `median`, `trimmed-mean`, `krum`, `multi-krum`, "
+            "`bulyan`, `geometric-median` or `fltrust`"
         ),
     ] = "fedavg"
     server_lr: Annotated[
@@ -215,6 +215,21 @@ class StrategySettings(Part):
             "own buffers if its code is at hand"
         ),
     ] = "*running_mean,*running_var,*num_batches_tracked"
+    q: Annotated[
+        float,
+        Field(ge=0, le=100, description="how much more a large loss counts with `q-fedavg`; 0: as any"),
+    ] = 1.0
+    lipschitz: Annotated[
+        float, Field(ge=0, le=1e9, description="that of gradients, for `q-fedavg`; 0: 1 / train.lr")
+    ] = 0.0
+    root_examples: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=1 << 30,
+            description="how many held-out examples the aggregator trains on with `fltrust`, and not evaluates",
+        ),
+    ] = 100
     byzantine: Annotated[
         int, Field(ge=1, le=1 << 20, description="how many bad participants a robust strategy shall bear")
     ] = 1
@@ -233,6 +248,31 @@ class StrategySettings(Part):
     def buffer_patterns(self) -> frozenset[str]:
         """What is in `buffers`, one by one."""
         return frozenset(name.strip() for name in self.buffers.split(",")) - {""}
+
+
+class PersonalSettings(Part):
+    """What stays with each participant and is its own."""
+
+    local: Annotated[
+        Text,
+        Field(
+            description="names of tensors that stay with each participant and never travel, `*` stands for "
+            "anything: `*bn*` (FedBN), `head.*` (FedPer)"
+        ),
+    ] = ""
+    ditto: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="each participant also trains a model of its own, held to the global one with this weight "
+            "(Ditto); at most 1 / train.lr; 0: none",
+        ),
+    ] = 0.0
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """What is in `local`, one by one."""
+        return tuple(sorted({name.strip() for name in self.local.split(",")} - {""}))
 
 
 def names_in(codecs: str) -> tuple[str, ...]:
@@ -314,7 +354,11 @@ class StoreSettings(Part):
 
 
 def check_together(
-    rounds: RoundSettings, evaluation: EvaluationSettings, strategy: StrategySettings, codec: CodecSettings
+    rounds: RoundSettings,
+    evaluation: EvaluationSettings,
+    strategy: StrategySettings,
+    codec: CodecSettings,
+    personal: PersonalSettings,
 ) -> None:
     """Raises ValueError for settings that are each possible, but not together."""
     if strategy.name == "fedasync":
@@ -325,6 +369,11 @@ def check_together(
         raise ValueError(
             "evaluation.mode = 'federated' makes everybody wait for the slowest, and round.policy = 'buffered' "
             "nobody: set evaluation.mode to central or none"
+        )
+    if personal.local or personal.ditto:
+        raise ValueError(
+            "personal.local and personal.ditto change what is a participant's own once its update is counted, and "
+            "with round.policy = 'buffered' it goes on before that: use synchronous rounds"
         )
     if owing := [name for name in codec.allowed if packing(name).codec.feedback]:
         raise ValueError(
@@ -358,11 +407,20 @@ class RunSettings(Part):
     stop: StopSettings = StopSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     strategy: StrategySettings = StrategySettings()
+    personal: PersonalSettings = PersonalSettings()
     codec: CodecSettings = CodecSettings()
     broker: BrokerSettings = BrokerSettings()
     store: StoreSettings = StoreSettings()
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        check_together(self.round, self.evaluation, self.strategy, self.codec)
+        check_together(self.round, self.evaluation, self.strategy, self.codec, self.personal)
         return self
+
+    @property
+    def combining(self) -> StrategySettings:
+        """How updates are combined, with what follows from how participants train."""
+        lr = self.train.get("lr", 0.0)
+        if self.strategy.lipschitz or not isinstance(lr, int | float) or not lr:
+            return self.strategy
+        return self.strategy.model_copy(update={"lipschitz": 1 / lr})

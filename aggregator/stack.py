@@ -50,6 +50,11 @@ class Stack:
     def __len__(self) -> int:
         return len(self._places)
 
+    @property
+    def participants(self) -> list[str]:
+        """Whose updates the rows of a block are, in order."""
+        return sorted(self._places)
+
     def put(self, participant: str, arrays: Named) -> None:
         """Keeps an update, in the place of an older one of its participant. Raises StateError on a full disk."""
         place = self._places.get(participant, len(self._places))

@@ -82,13 +82,17 @@ class FixedPointSum:
 
         Raises BadMessage if a value is out of bounds or not finite.
         """
+        self.check(arrays, weight)
+        for name, values in arrays.items():
+            self._fold(name, values, weight * damping / (divisors or {}).get(name, 1.0))
+        self.weight += weight
+
+    def check(self, arrays: Named, weight: int) -> None:
+        """Raises BadMessage as `add` would, and adds nothing."""
         if not 0 < weight <= self.weight_max or self.weight + weight > self.weight_cap:
             raise BadMessage(f"weight {weight} does not fit: {self.weight} of at most {self.weight_cap} is summed")
         for name, values in arrays.items():
             check_within(self._scales[name].bound, name, values)
-        for name, values in arrays.items():
-            self._fold(name, values, weight * damping / (divisors or {}).get(name, 1.0))
-        self.weight += weight
 
     def _fold(self, name: str, values: NDArray[Any], weight: float) -> None:
         factor = weight * 2.0 ** self._scales[name].bits

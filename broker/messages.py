@@ -39,14 +39,15 @@ Sha256 = Annotated[  # in hexadecimal; as bytes in a frame, where it is half of 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Text = Annotated[str, StringConstraints(max_length=2000)]
 Word = Annotated[str, StringConstraints(max_length=200)]
+Names = Annotated[tuple[Word, ...], Field(max_length=256)]
 Codecs = Annotated[tuple[Word, ...], Field(max_length=16)]
 Metrics = Annotated[dict[Annotated[str, StringConstraints(max_length=64)], float], Field(max_length=64)]
 Scalar = bool | int | float | Annotated[str, StringConstraints(max_length=1000)]
 Settings = Annotated[dict[Annotated[str, StringConstraints(max_length=64)], Scalar], Field(max_length=256)]
 
 Work = Literal["train", "evaluate", "none"]
-Arrays = Literal["delta", "gradient", "model", "none"]
-Wants = Literal["delta", "gradient", "model"]
+Wants = Literal["delta", "gradient", "model", "delta+loss", "delta+control"]
+Arrays = Wants | Literal["none"]
 Verdict = Literal["counted", "late", "refused", "duplicate"]
 Fate = Literal["counted", "late", "refused", "missing"]
 Phase = Literal["idle", "training", "holding"]
@@ -138,6 +139,7 @@ class UpdateReady(FromParticipant):
     metrics: Metrics = {}
     seconds: Annotated[float, Field(ge=0)] = 0.0
     effective_steps: Annotated[float, Field(ge=0)] = 0.0
+    start_loss: Annotated[float, Field(ge=0)] | None = None  # of the model that it started from
     codec: Word = "none"
     body: Where | None = None
 
@@ -174,6 +176,9 @@ class TrainRound(Message):
     data: Settings = {}
     settings: Settings = {}
     wants: Wants = "delta"
+    state: Where | None = None  # of the strategy, if participants need it; inline it follows the model
+    local: Names = ()  # patterns of tensors that stay with each participant
+    ditto: Annotated[float, Field(ge=0)] = 0.0
     codecs: Codecs = ()  # that an update may use besides none, the most faithful first
     seed: Count = 0  # the run's
     deadline_s: Annotated[float, Field(ge=0)] = 0.0  # seconds left when this was sent

@@ -8,7 +8,7 @@ fl.<f>.chunks.<p>  exchange `<p>.chunk`: the way to one participant's outbox, wh
 fl.<f>.updates     stream   everything small that participants send, and what operators want; the leader reads it
 fl.<f>.outbox.<p>  stream   chunks of one participant's large updates
 fl.<f>.model.<run> stream   chunks of global models
-fl.<f>.state.<run> stream   chunks of a strategy's state, which no participant needs
+fl.<f>.state.<run> stream   chunks of a strategy's state
 fl.<f>.down        exchange `all` or `<p>`: TrainRound; `operator`: Answer
 fl.<f>.inbox.<p>   queue    the newest TrainRound
 fl.<f>.rejected    queue    refused messages with the reason
@@ -183,7 +183,7 @@ class Topology:
         return Access(
             configure=inbox,
             write=f"({re.escape(self.up)}|{chunks}|{inbox})",
-            read=f"({re.escape(self.down)}|{inbox}|{mine}model\\..*)",
+            read=f"({re.escape(self.down)}|{inbox}|{mine}(model|state)\\..*)",
             publish={self.up: f"{user}\\.[a-z]+"},
             bind={self.down: f"({EVERYONE}|{user})"},
         )

@@ -35,6 +35,7 @@ from aggregator.settings import (
     BrokerSettings,
     CodecSettings,
     EvaluationSettings,
+    PersonalSettings,
     RoundSettings,
     RunSettings,
     StopSettings,
@@ -45,7 +46,7 @@ from aggregator.settings import (
 from broker.errors import ConfigError
 from broker.messages import Federation, Part, RunId, Scalar, Text, Word
 from fluffle.flags import FLAGS
-from workers.attack import Attack
+from workers.attack import check_attack
 
 PREFIX = "FLUFFLE_"
 RUNS = "runs"
@@ -68,8 +69,7 @@ Listen = Annotated[
 
 def _attack_exists(attack: str) -> str:
     try:
-        if attack:
-            Attack.named(attack)
+        check_attack(attack)
     except ConfigError as unknown:
         raise ValueError(str(unknown)) from None
     return attack
@@ -282,7 +282,8 @@ class StudySection(Part):
     attack: Annotated[
         AttackName,
         Field(
-            description="what bad participants send: `sign-flip:SCALE`, `gaussian:SIGMA` or `little:Z`; empty: none"
+            description="what bad participants do: `label-flip`, or send: `sign-flip:SCALE`, `gaussian:SIGMA` or "
+            "`little:Z`; empty: none"
         ),
     ] = ""
     attackers: Annotated[int, Field(ge=1, description="how many are bad, drawn by the seed")] = 1
@@ -303,6 +304,14 @@ class TrainSection(Part):
     mu: Annotated[
         float | None, Field(ge=0, description="weight of FedProx's proximal term; at most 1 / train.lr")
     ] = None
+    optimiser: Annotated[
+        Literal["sgd", "adamw"] | None,
+        Field(description="the local optimiser; `adamw` goes on from round to round"),
+    ] = None
+    beta_1: Annotated[float | None, Field(ge=0, lt=1, description="of `adamw`; 0.9")] = None
+    beta_2: Annotated[float | None, Field(ge=0, lt=1, description="of `adamw`; 0.999")] = None
+    eps: Annotated[float | None, Field(gt=0, le=1, description="of `adamw`; 1e-8")] = None
+    weight_decay: Annotated[float | None, Field(ge=0, description="of `adamw`; 0.01")] = None
     max_seconds: Annotated[
         float | None, Field(ge=0, description="train at most about so long per round; 0: no limit")
     ] = None
@@ -329,6 +338,7 @@ class Config(Part):
     stop: StopSettings = StopSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     strategy: StrategySettings = StrategySettings()
+    personal: PersonalSettings = PersonalSettings()
     codec: CodecSettings = CodecSettings()
     train: TrainSection = TrainSection()
     simulation: SimulationSection = SimulationSection()
@@ -346,7 +356,7 @@ class Config(Part):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        check_together(self.round, self.evaluation, self.strategy, self.codec)
+        check_together(self.round, self.evaluation, self.strategy, self.codec, self.personal)
         return self
 
     @property
@@ -366,6 +376,7 @@ class Config(Part):
             stop=self.stop,
             evaluation=self.evaluation,
             strategy=self.strategy,
+            personal=self.personal,
             codec=self.codec,
             broker=BrokerSettings(**self.broker.model_dump(include=set(BrokerSettings.model_fields))),
             store=StoreSettings(**self.store.model_dump(include=set(StoreSettings.model_fields))),

@@ -49,7 +49,10 @@ SIMULATION_FLAGS = (
     ),
     Flag("--vectorise", "simulation.vectorise", "", "Train participants side by side; equal within rounding only."),
     Flag(
-        "--attack", "study.attack", "HOW", "What bad participants send: sign-flip:SCALE, gaussian:SIGMA, little:Z."
+        "--attack",
+        "study.attack",
+        "HOW",
+        "What bad participants do: label-flip, sign-flip:SCALE, gaussian:SIGMA, little:Z.",
     ),
     Flag("--attackers", "study.attackers", "N", "How many participants are bad, drawn by the seed."),
 )

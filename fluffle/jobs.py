@@ -5,6 +5,7 @@ It is not needed if the initial model comes from a file and the aggregator does 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from workers.tasks import find_object
 if TYPE_CHECKING:  # brings torch
     from workers.torch_task import TaskDefinition
 
+FLTRUST = "fltrust"
 MEASURED = {"accuracy": {"loss", "accuracy"}, "rmse": {"loss", "rmse", "mae"}}
 
 
@@ -45,23 +47,40 @@ def run_defaults(*layers: Layer) -> Defaults:
 def run_job(config: Config) -> Job:
     """The job of a deployed aggregator. Raises ConfigError for what cannot work."""
     initial = partial(load_model, Path(config.run.initial)) if config.run.initial else None
-    if initial is not None and _is_self_sufficient(config.run.initial, config.evaluation.mode):
+    if (
+        initial is not None
+        and config.strategy.name != FLTRUST
+        and _is_self_sufficient(config.run.initial, config.evaluation.mode)
+    ):
         initial()  # a missing file is told now
         return Job(config.run_settings(), initial, metric=config.evaluation.metric or "loss")
     task = _task_named(config.task)
+    if _is_plain(task) and config.strategy.name == FLTRUST:
+        raise ConfigError(
+            "strategy.name = 'fltrust' needs a TaskDefinition: the aggregator trains on a part of its data"
+        )
     if _is_plain(task):
         judge: LearningTask = task if is_learning_task(task) else task(AGGREGATOR, "")
         return _job(config, judge, initial, "loss")
     from fluffle.learning import shares_of
 
     check_metrics(config, task)
-    held_out = shares_of(config, task).held_out if config.evaluation.mode == "central" else None
-    return _job(config, task.bind(held_out=held_out), initial, task.metric)
+    needed = config.evaluation.mode == "central" or config.strategy.name == FLTRUST
+    return _task_job(config, task, shares_of(config, task).held_out if needed else None, initial)
 
 
 def task_job(config: Config, definition: TaskDefinition, held_out: Any) -> Job:
     """The job of a simulated aggregator: the examples that nobody trains on are at hand."""
-    return _job(config, definition.bind(held_out=held_out), None, definition.metric)
+    return _task_job(config, definition, held_out, None)
+
+
+def _task_job(config: Config, definition: TaskDefinition, held_out: Any, initial: Any) -> Job:
+    if config.strategy.name != FLTRUST:
+        return _job(config, definition.bind(held_out=held_out), initial, definition.metric)
+    from fluffle.learning import root_of
+
+    root, rest = root_of(config, definition, held_out)
+    return replace(_job(config, definition.bind(held_out=rest), initial, definition.metric), root=root)
 
 
 def check_metrics(config: Config, definition: TaskDefinition) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from broker import tensors
-from broker.errors import BadMessage, StateError
+from broker.errors import BadMessage, ConfigError, StateError
+from broker.topology import AGGREGATOR
 from fluffle.config import Config
 from workers.assignment import load_data
 from workers.data import Dataset, split
-from workers.modules import buffer_patterns, build
+from workers.modules import buffer_patterns, build, use_threads
 from workers.partition import Plan, Shares, share_out
 from workers.preprocess import prepare
-from workers.task import Arrays, Evaluation, Scalar
+from workers.task import Arrays, Evaluation, Scalar, TrainConfig, train_seed
 from workers.tasks import find_task
 from workers.torch_task import CHUNK_ROWS, TaskDefinition
 
@@ -62,6 +63,31 @@ def shares_of(config: Config, definition: TaskDefinition) -> Shares:
         split_seed=definition.seed,
     )
     return share_out(load_data(definition), plan)
+
+
+def root_of(
+    config: Config, definition: TaskDefinition, examples: Dataset
+) -> tuple[Callable[[Arrays, int], Arrays], Dataset]:
+    """How the aggregator trains on the first of the held-out examples, as participants do on theirs; and the rest.
+
+    Raises ConfigError if nothing would be left to evaluate.
+    """
+    size = config.strategy.root_examples
+    if size >= len(examples):
+        raise ConfigError(
+            f"strategy.root_examples = {size}, but only {len(examples)} examples are held out, and some must be "
+            "left to evaluate: lower it"
+        )
+    places = np.arange(len(examples))
+    task = definition.bind(examples.take(places[:size]), None, AGGREGATOR)
+
+    def root(model: Arrays, number: int) -> Arrays:
+        use_threads()  # or the next leader might come to other bits
+        seed = train_seed(config.run.seed, AGGREGATOR, number)
+        trained = task.train(model, TrainConfig(number, seed, config.train.chosen())).arrays
+        return {name: np.asarray(trained[name] - values, values.dtype) for name, values in model.items()}
+
+    return root, examples.take(places[size:])
 
 
 def held_out(definition: TaskDefinition, most: int | None = None) -> Dataset:

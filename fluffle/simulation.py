@@ -21,7 +21,7 @@ from aggregator.archive import BEHIND_S
 from aggregator.checkpoints import Checkpoints
 from aggregator.daemon import Aggregator
 from aggregator.job import Surroundings, own_name
-from aggregator.strategies import make_strategy
+from aggregator.strategies import check_training, make_strategy
 from broker.errors import ConfigError, TaskError, first_known
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
@@ -37,7 +37,7 @@ from fluffle.learning import shares_of
 from fluffle.presence import Habits, Lag, Presence, habits_of
 from fluffle.stores import keepers_store
 from fluffle.virtual import AtOnce, VirtualLoop
-from workers.attack import attacking
+from workers.attack import LABEL_FLIP, attacking
 from workers.journal import MemoryJournal
 from workers.lane import Lane
 from workers.link import WorkerSettings
@@ -93,7 +93,8 @@ class Timing:
 
 def plan_simulation(config: Config) -> Plan:
     """Loads the task and shares out its data. Raises FluffleError for what cannot work."""
-    make_strategy(config.strategy, config.round)
+    make_strategy(config.run_settings().combining, config.round)
+    check_training(config.strategy.name, config.train.chosen(), config.round)
     definition = find_task(config.task)
     definition.recipe(config.train.chosen())
     check_metrics(config, definition)
@@ -251,10 +252,14 @@ async def _learning_tasks(plan: Plan, display: Display, thread: Lane) -> Callabl
 
 
 def _together(config: Config, definition: TaskDefinition, tasks: Mapping[str, TorchTask]) -> Together:
-    if make_strategy(config.strategy, config.round).wants == "gradient":
-        raise Unstackable(f"strategy {config.strategy.name!r} sums gradients, which are computed one by one")
+    if make_strategy(config.run_settings().combining, config.round).wants != "delta":
+        raise Unstackable(f"strategy {config.strategy.name!r} wants more, or other, than trained models")
     if config.round.is_buffered:
         raise Unstackable("round.policy = 'buffered': whoever is done goes on alone")
+    if config.study.attack == LABEL_FLIP:
+        raise Unstackable("some participants train on flipped labels")
+    if config.personal.local or config.personal.ditto:
+        raise Unstackable("participants have tensors or models of their own (personal.local, personal.ditto)")
     asked = min(config.round.cohort or len(tasks), len(tasks))
     return Together(tasks, definition.recipe(config.train.chosen()), asked)
 

@@ -15,6 +15,8 @@ from workers.task import Arrays, Evaluation, LearningTask, TrainConfig, TrainRes
 
 ATTACK_DRAWS = 2  # tells an attack's random numbers from those of training and codecs
 
+LABEL_FLIP = "label-flip"
+
 Change = NDArray[Any]
 Forge = Callable[[Change, float, np.random.Generator], Change]
 
@@ -38,6 +40,7 @@ def _little(change: Change, z: float, _: np.random.Generator) -> Change:
     return change - z * float(change.std())
 
 
+SPELLINGS = "label-flip, sign-flip:SCALE, gaussian:SIGMA or little:Z"
 ATTACKS: Mapping[str, Forge] = {"sign-flip": _sign_flip, "gaussian": _gaussian, "little": _little}
 
 
@@ -57,7 +60,7 @@ class Attack:
         except (KeyError, ValueError):
             found = None
         if found is None or not 0 < found.strength < float("inf"):
-            raise ConfigError(f"attack {text!r} is unknown: write sign-flip:SCALE, gaussian:SIGMA or little:Z")
+            raise ConfigError(f"attack {text!r} is unknown: write {SPELLINGS}")
         return found
 
 
@@ -91,9 +94,31 @@ class Attacker:
         return np.asarray(forged, values.dtype)
 
 
+def mislabelled(task: LearningTask) -> LearningTask:
+    """The same task on labels y -> classes - 1 - y, trained honestly (Fang et al., 2020, section 4.2).
+
+    Raises ConfigError if it is no TaskDefinition's with classes.
+    """
+    flip = getattr(task, "with_flipped_labels", None)
+    if flip is None:
+        raise ConfigError(
+            f"attack {LABEL_FLIP}: task {task.name!r} is no TaskDefinition's, whose labels can be flipped"
+        )
+    flipped: LearningTask = flip()
+    return flipped
+
+
+def check_attack(attack: str) -> None:
+    """Raises ConfigError if there is no such attack."""
+    if attack and attack != LABEL_FLIP:
+        Attack.named(attack)
+
+
 def attacking(task_for: Callable[[TrainRound], LearningTask], attack: str) -> Callable[[TrainRound], LearningTask]:
     """The same tasks, with forged results; as they are if no attack is named. Raises ConfigError."""
     if not attack:
         return task_for
+    if attack == LABEL_FLIP:
+        return lambda told: mislabelled(task_for(told))
     chosen = Attack.named(attack)
     return lambda told: Attacker(task_for(told), chosen)

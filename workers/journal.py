@@ -1,7 +1,7 @@
 """What a worker must not forget: the newest order, and a finished update until its fate is known.
 
 How far the update's upload has come is noted beside it: a lost note only means to send more again. So is what its
-codec owes to the next one: that is in force only once this one was counted.
+codec owes to the next one, and what is the participant's own: both are in force only once this one was counted.
 
 The run never depends on it: a worker that lost its journal is sent its task again.
 """
@@ -24,8 +24,8 @@ from broker.errors import BadMessage, StateError
 from broker.messages import Message, TrainRound, UpdateReady
 from broker.tensors import Buffer
 from broker.wire import decode, encode
+from workers.kept import Kept
 from workers.lane import Lane
-from workers.residual import Residual
 
 log = structlog.get_logger(__name__)
 
@@ -61,17 +61,23 @@ class Journal(Protocol):
         """Takes in what an order says: itself, if it is to be done; and what became of the held update, if that is
         forgotten now. What that owes is in force from now on if it was counted (true), and forgotten if not."""
 
-    async def save_held(self, held: Held, owes: Residual | None = None) -> None:
-        """`owes`: the residual that will be in force if this update is counted; None: the one that is stays."""
+    async def save_held(self, held: Held, owes: Kept | None = None, own: Kept | None = None) -> None:
+        """`owes`: the residual that will be in force if this update is counted, `own`: what will then be the
+        participant's own; None: what is in force stays."""
 
     async def note_upload(self, held: Held) -> None:
         """Notes that the held update is on its way, and how far; or, once it is sent or none is confirmed, that
         there is nothing to go on with."""
 
-    async def residual(self) -> Residual | None:
+    async def residual(self) -> Kept | None:
         """The residual that is in force: of the last update that was counted."""
 
     async def drop_residual(self) -> None: ...
+
+    async def own(self) -> Kept | None:
+        """What is the participant's own, as of the last update that was counted."""
+
+    async def drop_own(self) -> None: ...
 
 
 class MemoryJournal:
@@ -79,8 +85,9 @@ class MemoryJournal:
 
     def __init__(self) -> None:
         self._remembered = Remembered()
-        self._owed: Residual | None = None
-        self._next: Residual | None = None
+        self._owed: Kept | None = None
+        self._own: Kept | None = None
+        self._next: tuple[Kept | None, Kept | None] = (None, None)  # of the held update
 
     async def load(self) -> Remembered:
         return self._remembered
@@ -88,22 +95,63 @@ class MemoryJournal:
     async def turn(self, order: bytes | None, settles: bool | None) -> None:  # noqa: FBT001
         before = self._remembered
         self._remembered = Remembered(order or before.order, before.held if settles is None else None)
-        if settles and self._next is not None:
-            self._owed = self._next
+        if settles:
+            owed, own = self._next
+            self._owed, self._own = owed or self._owed, own or self._own
         if settles is not None:
-            self._next = None
+            self._next = (None, None)
 
-    async def save_held(self, held: Held, owes: Residual | None = None) -> None:
-        self._remembered, self._next = Remembered(self._remembered.order, held), owes
+    async def save_held(self, held: Held, owes: Kept | None = None, own: Kept | None = None) -> None:
+        self._remembered, self._next = Remembered(self._remembered.order, held), (owes, own)
 
     async def note_upload(self, held: Held) -> None:
         """It remembers the update as the object that it is, and that knows."""
 
-    async def residual(self) -> Residual | None:
+    async def residual(self) -> Kept | None:
         return self._owed
 
     async def drop_residual(self) -> None:
         self._owed = None
+
+    async def own(self) -> Kept | None:
+        return self._own
+
+    async def drop_own(self) -> None:
+        self._own = None
+
+
+class Slot:
+    """A file of what is in force, and one of what will be if the held update is counted. Called in one thread."""
+
+    def __init__(self, directory: Path, name: str, suffix: str) -> None:
+        self._now = directory / f"{name}.{suffix}"
+        self._next = directory / f"{name}.next"  # of the held update
+        self.may_hold = True  # false once it is known that nothing is in force
+
+    def propose(self, kept: Kept | None, *, synced: bool = True) -> None:
+        """None: what is in force stays."""
+        if kept is None:
+            _remove(self._next)
+        else:
+            _replace(self._next, kept.to_bytes(), synced=synced)
+
+    def accept(self) -> None:
+        self.may_hold = True
+        _rename(self._next, self._now)
+
+    def read(self) -> Kept | None:
+        """What is in force; damaged, it is set aside."""
+        content = _read(self._now)
+        self.may_hold = content is not None
+        try:
+            return None if content is None else Kept.from_bytes(content)
+        except BadMessage as bad:
+            _set_aside(self._now, bad.reason)
+            return None
+
+    def drop(self) -> None:
+        self.may_hold = False
+        _remove(self._now)
 
 
 class FileJournal:
@@ -115,13 +163,12 @@ class FileJournal:
 
     def __init__(self, directory: Path, lane: Lane | None = None) -> None:
         self._lane = lane or Lane("journal")
-        self._is_owed: bool | None = None  # whether there is a residual in force, as far as is known
         self._order = directory / "order.frame"
         self._update = directory / "update.frame"
         self._body = directory / "update.safetensors"
         self._upload = directory / "upload.note"
-        self._owed = directory / "residual.owed"
-        self._next = directory / "residual.next"  # of the held update
+        self._owed = Slot(directory, "residual", "owed")
+        self._own = Slot(directory, "own", "kept")
 
     async def load(self) -> Remembered:
         return await self._lane.run(self._load)
@@ -130,18 +177,23 @@ class FileJournal:
         if order is not None or settles is not None:
             await self._lane.run(partial(self._turn, order, settles))
 
-    async def save_held(self, held: Held, owes: Residual | None = None) -> None:
-        await self._lane.run(partial(self._save_held, held, owes))
+    async def save_held(self, held: Held, owes: Kept | None = None, own: Kept | None = None) -> None:
+        await self._lane.run(partial(self._save_held, held, owes, own))
 
     async def note_upload(self, held: Held) -> None:
         await self._lane.run(partial(self._note_upload, held))
 
-    async def residual(self) -> Residual | None:
-        return await self._lane.run(self._residual) if self._is_owed is not False else None
+    async def residual(self) -> Kept | None:
+        return await self._lane.run(self._owed.read) if self._owed.may_hold else None
 
     async def drop_residual(self) -> None:
-        self._is_owed = False
-        await self._lane.run(partial(_remove, self._owed))
+        await self._lane.run(self._owed.drop)
+
+    async def own(self) -> Kept | None:
+        return await self._lane.run(self._own.read) if self._own.may_hold else None
+
+    async def drop_own(self) -> None:
+        await self._lane.run(self._own.drop)
 
     def _turn(self, order: bytes | None, settles: bool | None) -> None:  # noqa: FBT001
         if order is not None:
@@ -159,32 +211,22 @@ class FileJournal:
         _remove(self._upload)  # never a note about another update's chunks
         _remove(self._update)
 
-    def _save_held(self, held: Held, owes: Residual | None) -> None:
-        self._drop_held()  # never a header that names another update's body, or stands beside another's residual
+    def _save_held(self, held: Held, owes: Kept | None, own: Kept | None) -> None:
+        self._drop_held()  # never a header that names another update's body, or stands beside what another keeps
         synced, inline = held.update.seconds >= SYNCED_FROM_S, _is_inline(held.update)
         if not inline:
             _replace(self._body, held.blob, synced=synced)
-        if owes is None:
-            _remove(self._next)
-        else:
-            _replace(self._next, owes.to_bytes(), synced=synced)
+        self._owed.propose(owes, synced=synced)
+        self._own.propose(own, synced=synced)
         _replace(self._update, encode(held.update, held.blob if inline else b""), synced=synced)
 
     def _settle_held(self, counted: bool) -> None:  # noqa: FBT001
         if counted:  # first: whoever is killed now is told again that it was counted
-            self._is_owed = None
-            _rename(self._next, self._owed)
+            self._owed.accept()
+            self._own.accept()
         self._drop_held()
-        _remove(self._next)
-
-    def _residual(self) -> Residual | None:
-        content = _read(self._owed)
-        self._is_owed = content is not None
-        try:
-            return None if content is None else Residual.from_bytes(content)
-        except BadMessage as bad:
-            _set_aside(self._owed, bad.reason)
-            return None
+        self._owed.propose(None)
+        self._own.propose(None)
 
     def _load(self) -> Remembered:
         order = _frame(self._order, TrainRound)

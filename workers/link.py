@@ -25,6 +25,8 @@ from broker.wire import encode
 from workers.journal import Held
 from workers.trainer import Sizes
 
+NO_ARRAYS = tensors.encode({})
+
 log = structlog.get_logger(__name__)
 
 
@@ -133,18 +135,41 @@ class Link:
         """
         if told.model is None:
             raise BadMessage("the order names no model")
-        if told.model.where == "url":
-            handed_over = self._known_store().handed_over(self._topology.model_place(told.run_id), told.model)
-            if handed_over is not None:
-                return handed_over
+        if (handed_over := self._handed_over(told.run_id, told.model)) is not None:
+            return handed_over
         if self._kept is not None and self._kept.sha256 == told.model.sha256:
             return self._kept.blob
         blob = await self._advance(told.run_id, told.model, told.difference)
         if blob is None:
-            blob = payload if told.model.where == "inline" else await self._download(told.run_id, told.model)
+            blob = (
+                payload[: told.model.size_bytes]
+                if told.model.where == "inline"
+                else await self._download(told.run_id, told.model)
+            )
             await verify(blob, told.model)
         self._kept = Kept(told.model.sha256, blob) if told.difference else None
         return blob
+
+    async def fetch_state(self, told: TrainRound, payload: memoryview) -> Buffer:
+        """The bytes of the strategy's state, if participants need it; of no arrays if there is none. Raises as
+        `fetch` does."""
+        where = told.state
+        if where is None:
+            return NO_ARRAYS
+        if where.where == "inline":
+            begin = told.model.size_bytes if told.model is not None and told.model.where == "inline" else 0
+            blob: Buffer = payload[begin : begin + where.size_bytes]
+        elif (handed_over := self._handed_over(told.run_id, where)) is not None:
+            return handed_over
+        else:
+            blob = await self._download(told.run_id, where)
+        await verify(blob, where)
+        return blob
+
+    def _handed_over(self, run_id: str, where: Where) -> Buffer | None:
+        if where.where != "url":
+            return None
+        return self._known_store().handed_over(self._topology.model_place(run_id), where)
 
     async def _advance(self, run_id: str, model: Where, step: Difference | None) -> Buffer | None:
         """The model by way of the difference to the version that is here; None if that is not to be had."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,8 @@ from torch import nn
 from broker.errors import TaskError
 from workers.task import Arrays
 
+_GENERATOR = threading.RLock()
+
 
 def use_threads(threads: int = 1) -> None:
     """From now on torch computes with so many threads (0: as it likes). With several, bits of sums may differ."""
@@ -21,8 +24,9 @@ def use_threads(threads: int = 1) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's CPU generator under this seed inside, as it was before outside."""
-    with torch.random.fork_rng(devices=[]):
+    """torch's CPU generator under this seed inside, as it was before outside. There is one in a process: other
+    threads wait."""
+    with _GENERATOR, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 

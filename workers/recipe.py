@@ -10,16 +10,19 @@ from dataclasses import dataclass, fields
 from broker.errors import ConfigError
 from workers.task import Scalar
 
+SGD, ADAMW = "sgd", "adamw"
 LARGEST = 1e6  # what float32 can still multiply by
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Stochastic gradient descent. Raises ConfigError for a value that cannot work.
+    """Stochastic gradient descent, or AdamW. Raises ConfigError for a value that cannot work.
 
     `batch_size` 0 is the full batch. `l2` is alpha in the penalty alpha / 2 * ||w||^2. `momentum` starts anew each
     round. `mu` pulls the parameters back to those of the round's start, x, with mu / 2 * ||w - x||^2 (FedProx, Li
-    et al., 2020). `max_steps` and `max_seconds` end local training early, after at least one step; 0 is no limit.
+    et al., 2020). `optimiser` "adamw" takes AdamW's steps, with `beta_1`, `beta_2`, `eps` and `weight_decay`, and
+    goes on from round to round (`optimisers.py`). `max_steps` and `max_seconds` end local training early, after at
+    least one step; 0 is no limit.
     """
 
     lr: float = 0.1
@@ -30,6 +33,11 @@ class Recipe:
     max_steps: int = 0
     mu: float = 0.0
     max_seconds: float = 0.0
+    optimiser: str = SGD
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
         _demand("lr", self.lr, f"above 0 and at most {LARGEST:g}", fits=0 < self.lr <= LARGEST)
@@ -44,11 +52,20 @@ class Recipe:
             f"0 to 1 / train.lr = {1 / self.lr:g}, or it overshoots",
             fits=0 <= self.mu * self.lr <= 1,
         )
+        _demand("optimiser", self.optimiser, f"{SGD} or {ADAMW}", fits=self.optimiser in (SGD, ADAMW))
+        _demand("momentum", self.momentum, "0 with adamw", fits=not self.momentum or self.optimiser == SGD)
+        for name in ("beta_1", "beta_2"):
+            _demand(name, getattr(self, name), "in [0, 1)", fits=0 <= getattr(self, name) < 1)
+        _demand("eps", self.eps, "above 0 and at most 1", fits=0 < self.eps <= 1)
+        _demand("weight_decay", self.weight_decay, "0 to 1 / train.lr", fits=0 <= self.weight_decay * self.lr < 1)
         _demand("max_seconds", self.max_seconds, "0 (no limit) or more", fits=0 <= self.max_seconds < math.inf)
 
     def effective_steps(self, steps: int) -> float:
         """What a constant gradient of 1 moves the parameters by in so many steps, in units of `lr`: `steps`, more
-        with momentum, less with `mu`. It is the norm of a_i in FedNova (Wang et al., 2020, section 4)."""
+        with momentum, less with `mu`. It is the norm of a_i in FedNova (Wang et al., 2020, section 4). For AdamW,
+        whose steps do not depend on the gradient's size, it is not known: 0."""
+        if self.optimiser == ADAMW:
+            return 0.0
         speed = moved = 0.0
         for _ in range(steps):
             speed = self.momentum * speed + 1 - self.mu * self.lr * moved
@@ -59,22 +76,24 @@ class Recipe:
 def recipe(settings: Mapping[str, Scalar]) -> Recipe:
     """The recipe in these settings. Raises ConfigError for an unknown name or a value of the wrong type."""
     wanted: dict[str, type] = {field.name: type(field.default) for field in fields(Recipe)}
-    values: dict[str, int | float] = {}
+    values: dict[str, int | float | str] = {}
     for name, value in settings.items():
         if name not in wanted:
             raise ConfigError(
                 f"setting train.{name} is unknown{_near(name, wanted)}: there are {', '.join(wanted)}"
             )
-        values[name] = _number(name, value, wanted[name])
-    return Recipe(**values)  # type: ignore[arg-type]  # _number returned what each field wants
+        values[name] = _value(name, value, wanted[name])
+    return Recipe(**values)  # type: ignore[arg-type]  # _value returned what each field wants
 
 
-def _number(name: str, value: Scalar, kind: type) -> int | float:
+def _value(name: str, value: Scalar, kind: type) -> int | float | str:
+    if kind is str and isinstance(value, str):
+        return value
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise ConfigError(f"setting train.{name} = {value!r} is not {'a whole number' if kind is int else 'a number'}")
+    raise ConfigError(f"setting train.{name} = {value!r} is not {KINDS[kind]}")
 
 
 def _near(name: str, known: Mapping[str, type]) -> str:
@@ -82,6 +101,9 @@ def _near(name: str, known: Mapping[str, type]) -> str:
     return f", did you mean train.{near[0]}?" if near else ""
 
 
-def _demand(name: str, value: float, wanted: str, *, fits: bool) -> None:
+KINDS: Mapping[type, str] = {int: "a whole number", float: "a number", str: "a word"}
+
+
+def _demand(name: str, value: float | str, wanted: str, *, fits: bool) -> None:
     if not fits:
         raise ConfigError(f"setting train.{name} = {value} must be {wanted}")

@@ -29,6 +29,10 @@ class TrainConfig:
     the run's seed, the participant and the round, so that a repeated attempt gives the same arrays.
     `should_stop` turns true once the work became pointless; a task that looks gives its machine back early.
     `clock` gives seconds, for a task that keeps to a budget of time.
+
+    `origin`: the arrays to which a proximal term pulls; None: those it starts from. `correction`: to be added to
+    each gradient, by tensor (SCAFFOLD). `state`: the `TrainResult.state` of this participant's last update that
+    was counted; empty at first, and once it was lost.
     """
 
     round: int
@@ -37,22 +41,33 @@ class TrainConfig:
     wants: Wants = "delta"
     should_stop: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.monotonic
+    origin: Arrays | None = None
+    correction: Arrays = field(default_factory=dict)
+    state: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """`arrays`: for `wants == "delta"` the trained arrays (the worker subtracts those it started from), for
-    `"model"` the same, which travel as they are, for `"gradient"` the mean gradient over this participant's
-    examples (settings: full batch).
+    """`arrays`: the trained arrays (the worker subtracts those it started from; for `wants == "model"` they travel
+    as they are), or for `"gradient"` the mean gradient over this participant's examples (settings: full batch).
 
     `effective_steps`: what a constant gradient of 1 would have moved the arrays by, in units of the step size; for
     plain gradient descent the number of steps. 0 if it is not known; FedNova needs it.
+
+    `step_sum`: the sum of the step sizes, infinite if no gradient moved the arrays; 0 if it is not known.
+    `buffers`: names of floating-point arrays that gradients do not move. SCAFFOLD needs both. `start_loss`: the
+    mean loss of the arrays it started from, which q-FedAvg needs (`wants == "delta+loss"`). `state`: arrays of any
+    names that the next training of this participant shall get, if this update is counted; they never travel.
     """
 
     arrays: Arrays
     num_examples: int
     metrics: dict[str, float] = field(default_factory=dict)
     effective_steps: float = 0.0
+    step_sum: float = 0.0
+    buffers: frozenset[str] = frozenset()
+    start_loss: float | None = None
+    state: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import structlog
 
 from broker.errors import TaskError
 from broker.messages import TrainRound
-from workers.recipe import Recipe
+from workers.recipe import SGD, Recipe
 from workers.stacked import Fit, Member, Unstackable, Work, train_side_by_side, try_out
 from workers.task import Arrays, Evaluation, LearningTask, TrainConfig, TrainResult, WorkAbandoned, train_seed
 from workers.torch_task import TorchTask
@@ -33,8 +33,8 @@ class Together:
         """`asked`: how many a round asks. Raises Unstackable if they cannot train together, or gain nothing."""
         if any(type(task).train is not TorchTask.train for task in tasks.values()):
             raise Unstackable("the task has a way of its own to train")
-        if chosen.mu or chosen.max_seconds:
-            raise Unstackable("train.mu and train.max_seconds are for each participant alone")
+        if chosen.mu or chosen.max_seconds or chosen.optimiser != SGD:
+            raise Unstackable("train.mu, train.max_seconds and train.optimiser are for each participant alone")
         self._tasks = tasks
         self._fit: Fit = try_out(max(tasks.values(), key=lambda task: task.num_examples), chosen)
         self.largest_group = GROUP_BYTES // self._fit.step_bytes

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -18,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from broker.errors import DataError, TaskError
+from broker.errors import ConfigError, DataError, TaskError
 from workers.data import Dataset
 from workers.modules import arrays_of, build, load_arrays, seeded, views
+from workers.optimisers import optimiser
 from workers.preprocess import Preprocess, PreprocessReport, prepare
 from workers.recipe import Recipe, recipe
 from workers.scaler import STATISTICS_ROUND, FederatedScaler, local_moments
@@ -105,7 +107,28 @@ class TorchTask:
         with seeded(config.seed):
             if config.wants == "gradient":
                 return self._gradient(chosen)
-            return self._descend(chosen, config) if self.descends(config) else self._statistics()
+            start_loss = self._start_loss() if config.wants == "delta+loss" else None
+            result = self._descend(chosen, config) if self.descends(config) else self._statistics()
+            return replace(result, start_loss=start_loss)
+
+    def _start_loss(self) -> float:
+        """The mean loss over all local examples, without penalty, of the module as it is."""
+        self.module.eval()
+        with torch.inference_mode():
+            loss = self._measure(self.rows)["loss"]
+        self.module.train()
+        return loss
+
+    def with_flipped_labels(self) -> TorchTask:
+        """The same task with labels y -> classes - 1 - y to train on. Raises ConfigError without classes."""
+        if self.definition.metric != "accuracy":
+            raise ConfigError(f"task {self.name!r} has no classes: its labels cannot be flipped")
+        self.module.eval()
+        with torch.inference_mode():
+            classes = self._forward(self.rows.x[:1], self.rows.y[:1])[0].shape[1]
+        flipped = copy(self)
+        flipped.rows = replace(self.rows, y=classes - 1 - self.rows.y)
+        return flipped
 
     def descends(self, config: TrainConfig) -> bool:
         """Whether that asks for gradient descent, and neither for a gradient nor for statistics."""
@@ -132,19 +155,21 @@ class TorchTask:
             raise TaskError(f"task {self.name!r} was bound without training data: it can only evaluate")
 
     def _descend(self, chosen: Recipe, config: TrainConfig) -> TrainResult:
-        velocity: dict[str, Tensor] = {}
+        steps = optimiser(chosen, self.module, config.state)
         losses: list[tuple[float, int]] = []
-        origin = _parameters(self.module) if chosen.mu else {}
+        origin = _origin(self.module, config) if chosen.mu else {}
+        correction = {name: torch.from_numpy(array) for name, array in config.correction.items()}
         began = config.clock()
         for batch in batches(self.num_examples, chosen, config.seed):
             if config.should_stop():
                 raise WorkAbandoned(f"task {self.name!r}: told to stop after {len(losses)} steps")
             losses.append((self.backward(batch, chosen), len(batch)))
             _pull_back(self.module, chosen.mu, origin)
-            _step(self.module, chosen, velocity)
+            _correct(self.module, correction)
+            steps.step(self.module)
             if chosen.max_seconds and config.clock() - began >= chosen.max_seconds:
                 break
-        return self.trained(arrays_of(self.module), losses, chosen)
+        return replace(self.trained(arrays_of(self.module), losses, chosen), state=steps.state())
 
     def trained(self, arrays: Arrays, losses: Sequence[tuple[float, int]], chosen: Recipe) -> TrainResult:
         """What descent came to; `losses` are each step's mean loss and number of examples. Raises TaskError if
@@ -156,7 +181,10 @@ class TorchTask:
                 raise self._diverged(f"{name} is not finite", chosen)
         examples = sum(count for _, count in losses)
         loss = math.fsum(loss * count for loss, count in losses) / examples
-        return TrainResult(arrays, self.num_examples, {"loss": loss}, chosen.effective_steps(len(losses)))
+        return TrainResult(
+            arrays, self.num_examples, {"loss": loss}, chosen.effective_steps(len(losses)),
+            step_sum=chosen.lr * len(losses), buffers=self._buffers,
+        )  # fmt: skip
 
     def _gradient(self, chosen: Recipe) -> TrainResult:
         """The mean gradient over all local examples with the penalty's; zeros for buffers."""
@@ -180,7 +208,15 @@ class TorchTask:
         self.module.eval()
         with torch.inference_mode():
             loss = self._measure(self.rows)["loss"]
-        return TrainResult(arrays, self.num_examples, {"loss": loss}, effective_steps=1.0)
+        return TrainResult(
+            arrays, self.num_examples, {"loss": loss}, effective_steps=1.0, step_sum=math.inf, buffers=self._buffers
+        )
+
+    @property
+    def _buffers(self) -> frozenset[str]:
+        """What gradients do not move."""
+        moved = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        return frozenset(self.module.state_dict().keys() - moved)
 
     def _scaler_name(self) -> str | None:
         """What the federated statistics' names begin with (`scaler.`); None if the model has none."""
@@ -308,8 +344,18 @@ def _add_penalty(module: nn.Module, l2: float) -> None:
             parameter.grad.add_(parameter.detach(), alpha=l2)
 
 
-def _parameters(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+def _origin(module: nn.Module, config: TrainConfig) -> dict[str, Tensor]:
+    """The parameters to which a proximal term pulls: those that were told, or those that the module has now."""
+    if config.origin is None:
+        return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    return {name: torch.from_numpy(config.origin[name].copy()) for name, _ in module.named_parameters()}
+
+
+def _correct(module: nn.Module, correction: Mapping[str, Tensor]) -> None:
+    """Adds what SCAFFOLD told to the gradient."""
+    for name, parameter in module.named_parameters() if correction else ():
+        if name in correction and parameter.grad is not None:
+            parameter.grad.add_(correction[name])
 
 
 def _pull_back(module: nn.Module, mu: float, origin: Mapping[str, Tensor]) -> None:
@@ -317,17 +363,3 @@ def _pull_back(module: nn.Module, mu: float, origin: Mapping[str, Tensor]) -> No
     for name, parameter in module.named_parameters() if mu else ():
         if parameter.grad is not None:
             parameter.grad.add_(parameter.detach() - origin[name], alpha=mu)
-
-
-def _step(module: nn.Module, chosen: Recipe, velocity: dict[str, Tensor]) -> None:
-    """v <- momentum v + g; w <- w - lr v."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            step = parameter.grad
-            if step is None:
-                continue
-            if chosen.momentum:
-                if name in velocity:
-                    step.add_(velocity[name], alpha=chosen.momentum)
-                velocity[name] = step  # zero_grad lets go of it, so nobody else writes to it
-            parameter.sub_(step, alpha=chosen.lr)

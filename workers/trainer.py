@@ -13,13 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker import codecs, tensors
+from broker.codecs.feedback import check_residual
 from broker.codecs.layout import Made
 from broker.errors import BadMessage, TaskError
 from broker.messages import TrainRound, UpdateReady, Where
 from broker.payloads import describe
+from broker.travelling import shared
 from workers.heap import Freed
 from workers.journal import Held
-from workers.residual import Residual
+from workers.kept import Kept
+from workers.own import Own, train_personal
 from workers.task import Arrays, LearningTask, TrainConfig, train_seed
 
 CODEC_DRAWS = 1  # tells a codec's random numbers from those of training
@@ -36,6 +39,8 @@ class Sizes:
 
     def describe(self, blob: tensors.Buffer, model: Where | None, name: str = "") -> Where:
         """How a body travels: the way that the model came. `name`: of one that is handed over in memory."""
+        if model is not None and model.where == "inline":  # a control variate may make it larger than the model
+            return describe(blob, len(blob), self.chunk_bytes)
         if model is not None and model.where == "url":
             return describe(blob, self.inline_bytes, self.part_bytes, "url", name)
         return describe(blob, self.inline_bytes, self.chunk_bytes)
@@ -44,22 +49,24 @@ class Sizes:
 @dataclass(frozen=True, slots=True)
 class Errand:
     """What is to be done with which model, for whom, and how the update is encoded. `residual`: what the updates
-    before owe to this one."""
+    before owe to this one. `own`: what is the participant's own; None: nothing."""
 
     told: TrainRound
     blob: tensors.Buffer
     participant: str
     packing: codecs.Packing
-    residual: Residual | None = None
+    residual: Kept | None = None
+    own: Own | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A finished update, and what it owes to the next if it is counted; None: that does not change. How long
-    training and encoding took."""
+    """A finished update, and what it owes to the next if it is counted; None: that does not change. `own`: what
+    is then the participant's own. How long training and encoding took."""
 
     held: Held
-    owes: Residual | None = None
+    owes: Kept | None = None
+    own: Kept | None = None
     trained_s: float = 0.0
     encoded_s: float = 0.0
 
@@ -72,18 +79,24 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
     began = config.clock()
     told, base = errand.told, tensors.decode(errand.blob)
     body: tensors.Buffer = b""
-    codec, owes, trained_s, encoded_s, effective_steps = codecs.NONE, None, 0.0, 0.0, 0.0
+    codec, owes, keeps, trained_s, encoded_s = codecs.NONE, None, None, 0.0, 0.0
+    effective_steps, start_loss, own = 0.0, None, errand.own or Own(told)
     if told.work == "train":
-        result = task.train(base, config)
+        start = own.model(base)
+        result = task.train(start, own.config(base, config))
+        _check(result.arrays, base)
+        beside = own.beside(base, start, result)
+        if kept := own.after(base, result, beside, train_personal(task, told, base, config)):
+            keeps = Kept.of(told, kept)
         trained_s = config.clock() - began
-        arrays, num_examples, metrics = dict(result.arrays), result.num_examples, result.metrics
-        effective_steps = float(result.effective_steps)
-        del result  # nobody needs all arrays beside the update that they become
-        packed = _packed(arrays, base, errand, config)
+        arrays, num_examples, metrics = shared(dict(result.arrays), told.local), result.num_examples, result.metrics
+        effective_steps, start_loss = float(result.effective_steps), result.start_loss
+        del result, kept  # nobody needs all arrays beside the update that they become
+        packed = _packed(arrays, shared(base, told.local), errand, config, beside)
         encoded_s = config.clock() - began - trained_s
         body, codec, owes = packed.body, errand.packing.name, _owing(packed, errand)
     else:
-        measured = task.evaluate(base)
+        measured = task.evaluate(own.judged(base))
         num_examples, metrics = measured.num_examples, measured.metrics
     for name, value in metrics.items():
         if not math.isfinite(value):
@@ -99,9 +112,10 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
         metrics={name: float(value) for name, value in metrics.items()},
         seconds=config.clock() - began,
         effective_steps=effective_steps,
+        start_loss=start_loss,
         codec=codec,
     )
-    return Finished(Held(update, body), owes, trained_s, encoded_s)
+    return Finished(Held(update, body), owes, keeps, trained_s, encoded_s)
 
 
 def described(finished: Finished, model: Where | None, sizes: Sizes, *, handed_over: bool = False) -> Finished:
@@ -120,31 +134,41 @@ def slowed(finished: Finished, lag_s: float) -> Finished:
     return replace(finished, trained_s=finished.trained_s + lag_s)
 
 
-def _packed(arrays: Arrays, base: Arrays, errand: Errand, config: TrainConfig) -> codecs.Packed:
-    """The update that trained arrays, or gradients, come to. What became part of it is taken out of `arrays`."""
-    _check(arrays, base)
+def _packed(arrays: Arrays, base: Arrays, errand: Errand, config: TrainConfig, beside: Arrays) -> codecs.Packed:
+    """The update that trained arrays, or gradients, come to. What became part of it is taken out of `arrays`.
+    `beside`: what travels with it, whatever the codec."""
     if errand.packing.name == codecs.NONE and errand.residual is None:
         freed = Freed()
 
         def write(name: str, out: NDArray[Any]) -> None:
+            if name in beside:
+                np.copyto(out, beside[name])
+                return
             _change(name, arrays, base, config, out)
             freed.note(out.nbytes)
 
-        return codecs.Packed(tensors.encode_each(base, write), {})
+        return codecs.Packed(tensors.encode_each({**base, **beside}, write), {})
     changes = Made(base, partial(_changed, arrays=arrays, base=base, config=config))
     rng = np.random.default_rng([config.seed, CODEC_DRAWS])
     if errand.residual is None and not errand.packing.codec.feedback:
-        return errand.packing.pack(changes, {}, rng)
+        return errand.packing.pack(changes, {}, rng, beside=beside)
     whole, due, missed = dict(changes), {}, 0
     if errand.residual is not None:
-        due, missed = errand.residual.arrays(errand.told, whole), errand.residual.missed(errand.told)
-    return errand.packing.pack(whole, due, rng, missed)
+        due, missed = owed_by(errand.residual, errand.told, whole), errand.residual.missed(errand.told)
+    return errand.packing.pack(whole, due, rng, missed, beside)
 
 
-def _owing(packed: codecs.Packed, errand: Errand) -> Residual | None:
+def owed_by(residual: Kept, told: TrainRound, model: Arrays) -> Arrays:
+    """What is owed to an update that answers `told`. Raises BadMessage with the reason why that is nothing."""
+    arrays = residual.arrays(told)
+    check_residual(arrays, model)
+    return arrays
+
+
+def _owing(packed: codecs.Packed, errand: Errand) -> Kept | None:
     """Whoever owed something and owes nothing any more has paid."""
     pays = bool(packed.residual) or errand.residual is not None
-    return Residual.of(errand.told, packed.residual) if pays else None
+    return Kept.of(errand.told, packed.residual) if pays else None
 
 
 def train_config(
@@ -155,7 +179,7 @@ def train_config(
 ) -> TrainConfig:
     """What the task is told; the seed is the participant's own in this round, whatever the attempt."""
     seed = train_seed(told.seed, participant, told.round, told.turn)
-    return TrainConfig(told.round, seed, told.settings, told.wants, should_stop, clock)
+    return TrainConfig(told.round, seed, told.settings, told.wants, should_stop=should_stop, clock=clock)
 
 
 def _check(arrays: Arrays, base: Arrays) -> None:
@@ -172,7 +196,7 @@ def _changed(name: str, arrays: Arrays, base: Arrays, config: TrainConfig) -> ND
 
 
 def _change(name: str, arrays: Arrays, base: Arrays, config: TrainConfig, out: NDArray[Any]) -> None:
-    if config.wants != "delta":
+    if config.wants in ("gradient", "model"):
         np.copyto(out, arrays.pop(name))
     else:
         np.subtract(arrays.pop(name), base[name], out=out)

@@ -25,15 +25,17 @@ from broker.tensors import Buffer
 from broker.tensors import decode as decode_arrays
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
+from broker.travelling import shared
 from broker.wire import decode, decode_again
 from workers.choice import Measured, choose
 from workers.journal import Held, Journal
+from workers.kept import Kept
 from workers.lane import Lane
 from workers.link import Link, WorkerSettings
-from workers.residual import Residual
+from workers.own import Own, is_needed, own_of
 from workers.status import WorkerStatus, waits_for
 from workers.task import LearningTask, WorkAbandoned
-from workers.trainer import Errand, Finished, carry_out, described, slowed, train_config
+from workers.trainer import Errand, Finished, carry_out, described, owed_by, slowed, train_config
 from workers.upload import Upload
 
 SOFTWARE = f"fluffle {version('fluffle')}"
@@ -272,7 +274,7 @@ class Worker:
         try:
             finished = await self._carry_out(order)
             async with self._keeping:
-                await self.site.journal.save_held(finished.held, finished.owes)
+                await self.site.journal.save_held(finished.held, finished.owes, finished.own)
                 self._held = finished.held
             self._note_work(told, finished)
         except WorkAbandoned:
@@ -302,7 +304,8 @@ class Worker:
         blob = await self._link.fetch(order.told, order.payload)
         residual = await self._residual(order.told, blob) if order.told.work == "train" else None
         packing = choose(order.told.codecs, len(blob), self._seen)
-        errand = Errand(order.told, blob, self.participant, packing, residual)
+        own = await self._own(order, blob)
+        errand = Errand(order.told, blob, self.participant, packing, residual, own)
         config = train_config(order.told, self.participant, self._abandoned.is_set, self._settings.stopwatch)
 
         def work() -> Finished:
@@ -319,13 +322,32 @@ class Worker:
             finished, lag_s
         )  # what is finished is published, even if it may be late: the ledger shall know
 
-    async def _residual(self, told: TrainRound, blob: Buffer) -> Residual | None:
+    async def _own(self, order: Order, blob: Buffer) -> Own:
+        """What is this participant's own. Of another run, or another model, it is of no use any more."""
+        told, kept = order.told, await self.site.journal.own()
+        if kept is None and not is_needed(told):
+            return Own(told)
+        base, server = decode_arrays(blob), dict[str, Any]()
+        if told.work == "train":
+            server = decode_arrays(await self._link.fetch_state(told, order.payload))
+        if kept is not None:
+            try:
+                return await off_loop(len(kept.blob), partial(own_of, server=server), told, kept.arrays(told), base)
+            except BadMessage as unfit:
+                await self.site.journal.drop_own()
+                self._notice("own_state_dropped", reason=unfit.reason)
+        lost = kept is not None or (is_needed(told) and self.participant in told.fates)
+        if lost and kept is None:
+            self._notice("own_state_lost", round=told.round)
+        return own_of(told, {}, base, lost=lost, server=server)
+
+    async def _residual(self, told: TrainRound, blob: Buffer) -> Kept | None:
         """What the updates before owe to this one. Of another run, or another model, it is of no use any more."""
         residual = await self.site.journal.residual()
         if residual is None:
             return None
         try:
-            await off_loop(len(blob), residual.arrays, told, decode_arrays(blob))
+            await off_loop(len(blob), owed_by, residual, told, shared(decode_arrays(blob), told.local))
         except BadMessage as unfit:
             await self.site.journal.drop_residual()
             self._notice("residual_dropped", reason=unfit.reason)

@@ -19,14 +19,17 @@ from aggregator.strategies.fedavg import FedAvg
 from aggregator.strategies.fedavgm import FedAvgM
 from aggregator.strategies.fednova import FedNova
 from aggregator.strategies.fedsgd import FedSGD
+from aggregator.strategies.fltrust import FLTrust
 from aggregator.strategies.geometric_median import GeometricMedian
 from aggregator.strategies.krum import Krum
 from aggregator.strategies.median import Median
 from aggregator.strategies.optimiser import Rule, ServerOptimiser
+from aggregator.strategies.qfedavg import QFedAvg
+from aggregator.strategies.scaffold import Scaffold
 from aggregator.strategies.trimmed_mean import TrimmedMean
 from aggregator.sums import FixedPointSum
 from broker.errors import ConfigError
-from broker.messages import Wants
+from broker.messages import Settings, Wants
 from broker.tensors import Arrays, Named
 
 
@@ -90,6 +93,11 @@ STRATEGIES: dict[str, Make] = {
     "fednova": _fednova,
     "diloco": _optimising(lambda s: DiLoCo(s.server_lr or 0.7, s.momentum)),
 }
+SPECIAL = ("scaffold", "q-fedavg", "fltrust")
+NEED_PLAIN_STEPS: dict[str, dict[str, float | str]] = {
+    "scaffold": {"optimiser": "sgd", "momentum": 0.0, "mu": 0.0},
+    "fednova": {"optimiser": "sgd"},
+}
 ELSEWHERE = {
     "fedprox": "how participants train: set strategy.name = 'fedavg' with train.mu = 0.01 (or another mu)",
     "fedbuff": "when a version is made: set round.policy = 'buffered' and round.buffer, with strategy.name = "
@@ -110,18 +118,49 @@ def make_strategy(settings: StrategySettings, rounds: RoundSettings, scratch: Pa
     """The strategy that the settings name. `scratch`: where it may put files without a name; None: where the system
     puts temporary ones. Raises ConfigError for an unknown one, or rounds that are too small for what it bears."""
     strategy = _strategy(settings, rounds, scratch)
+    if settings.clip_norm and strategy.wants == "delta+control":
+        raise ConfigError(
+            "strategy.clip_norm with scaffold: a control variate would no longer be the mean gradient of the steps "
+            "that count: set strategy.clip_norm to 0, or use another strategy"
+        )
     return Clipped(strategy, settings.clip_norm) if settings.clip_norm else strategy
 
 
+def check_training(name: str, train: Settings, rounds: RoundSettings) -> None:
+    """Raises ConfigError if participants train in a way that the strategy's formula, or the policy, does not hold
+    for."""
+    if rounds.is_buffered and train.get("optimiser", "sgd") != "sgd":
+        raise ConfigError(
+            f"train.optimiser = {train['optimiser']!r} goes on from its last state once that update was counted, "
+            "and with round.policy = 'buffered' nobody waits for that: use sgd"
+        )
+    if name in NEED_PLAIN_STEPS:
+        for setting, plain in NEED_PLAIN_STEPS[name].items():
+            if train.get(setting, plain) != plain:
+                raise ConfigError(
+                    f"strategy.name = {name!r} needs participants that descend by plain gradients, and "
+                    f"train.{setting} is {train[setting]!r}: set it to {plain!r}, or use another strategy"
+                )
+
+
+def _one_vote_each(rounds: RoundSettings) -> FixedPointSum:
+    return FixedPointSum(1, 2 * rounds.most_asked)
+
+
 def _strategy(settings: StrategySettings, rounds: RoundSettings, scratch: Path | None) -> Strategy:
+    if rounds.is_buffered and (settings.name in ROBUST or settings.name in SPECIAL):
+        raise ConfigError(
+            f"strategy.name = {settings.name!r} takes one update of each participant, and with round.policy = "
+            "'buffered' some deliver twice: use synchronous rounds, with round.late = 'fold' if some are slow"
+        )
+    if settings.name == "scaffold":
+        return Scaffold(rounds.participants, _one_vote_each(rounds), settings)
+    if settings.name == "q-fedavg":
+        return _qfedavg(settings, scratch)
+    if settings.name == "fltrust":
+        return FLTrust(None, settings.server_lr or 1.0, settings.buffer_patterns, scratch)
     if settings.name in ROBUST:
         rule = ROBUST[settings.name](settings)
-        if rounds.is_buffered:
-            raise ConfigError(
-                f"strategy.name = {settings.name!r} compares one update of each participant, and with "
-                "round.policy = 'buffered' some deliver twice: use synchronous rounds, with round.late = 'fold' if "
-                "some are slow"
-            )
         _check_size(rule.least, settings, rounds)
         return Collected(rule, settings.server_lr or 1.0, settings.buffer_patterns, scratch)
     if settings.name in STRATEGIES:
@@ -130,8 +169,17 @@ def _strategy(settings: StrategySettings, rounds: RoundSettings, scratch: Path |
     if settings.name in ELSEWHERE:
         raise ConfigError(f"strategy.name = {settings.name!r} is {ELSEWHERE[settings.name]}")
     raise ConfigError(
-        f"strategy.name = {settings.name!r} is unknown: {_near(settings.name, [*STRATEGIES, *ROBUST])}"
+        f"strategy.name = {settings.name!r} is unknown: {_near(settings.name, [*STRATEGIES, *SPECIAL, *ROBUST])}"
     )
+
+
+def _qfedavg(settings: StrategySettings, scratch: Path | None) -> Strategy:
+    if not settings.lipschitz:
+        raise ConfigError(
+            "strategy.name = 'q-fedavg' needs the participants' step size: set train.lr, or strategy.lipschitz to "
+            "1 / that"
+        )
+    return QFedAvg(settings, settings.buffer_patterns, scratch)
 
 
 def _near(name: str, known: Iterable[str]) -> str:

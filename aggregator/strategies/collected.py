@@ -47,7 +47,7 @@ class Collected:
     uses_disk = True
 
     def __init__(
-        self, rule: RobustRule, server_lr: float, buffers: Collection[str] = (), scratch: Path | None = None
+        self, rule: RobustRule | None, server_lr: float, buffers: Collection[str] = (), scratch: Path | None = None
     ) -> None:
         self._rule = rule
         self._server_lr, self._buffers = server_lr, buffers
@@ -70,16 +70,30 @@ class Collected:
         self._stack.put(by.participant, arrays)
 
     def finish(self, out: Arrays | None = None) -> Arrays:
-        if len(self._stack) < self._rule.least:
-            raise StateError(f"{len(self._stack)} updates are fewer than the {self._rule.least} that it needs")
+        if len(self._stack) < self.least:
+            raise StateError(f"{len(self._stack)} updates are fewer than the {self.least} that it needs")
         moved = out or {name: np.empty_like(values) for name, values in self._model.items()}
         compared = sorted(parameters(self._model, self._buffers))
-        combine = self._rule.combination(lambda: self._stack.inner_products(compared))
+        combine = self._combination(compared)
         for name, values in self._model.items():
-            how, flat, new = combine if name in compared else median, values.reshape(-1), moved[name].reshape(-1)
+            how = combine if name in compared else self._of_others
+            flat, new = values.reshape(-1), moved[name].reshape(-1)
             for part, rows in self._stack.blocks(name):
                 put(flat[part].astype(np.float64) + self._server_lr * how(rows), new[part])
         return moved
+
+    @property
+    def least(self) -> int:
+        """The fewest updates that it can combine."""
+        return self._rule.least if self._rule else 1
+
+    def _combination(self, compared: list[str]) -> Combine:
+        """How parameters are combined; `compared` are their names."""
+        return self._rule.combination(lambda: self._stack.inner_products(compared)) if self._rule else median
+
+    def _of_others(self, rows: Rows) -> NDArray[np.float64]:
+        """How buffers and integers are combined."""
+        return median(rows)
 
 
 def median(rows: Rows) -> NDArray[np.float64]:

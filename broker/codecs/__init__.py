@@ -32,6 +32,8 @@ from broker.errors import ConfigError
 from broker.tensors import Arrays, Buffer, Named
 
 NONE = "none"
+BESIDE = "control/"
+NOTHING: Arrays = {}
 LADDER = ("none", "bf16+zstd", "int8+zstd", "qsgd:7+zstd", "topk:0.01+zstd")  # for `auto`: the most faithful first
 SQUEEZED = "+zstd"
 SPARE_BYTES = 1 << 20  # manifests may be written differently, and small codes need their scales
@@ -69,9 +71,17 @@ class Packing:
     codec: Codec
     squeezed: bool
 
-    def pack(self, delta: Arrays | Made, residual: Arrays, rng: np.random.Generator, missed: int = 0) -> Packed:
+    def pack(
+        self,
+        delta: Arrays | Made,
+        residual: Arrays,
+        rng: np.random.Generator,
+        missed: int = 0,
+        beside: Named = NOTHING,
+    ) -> Packed:
         """The bytes of an update. `residual`: what the updates before owe, `missed` rounds ago. Without one, and
-        without error feedback, each tensor is asked for only once.
+        without error feedback, each tensor is asked for only once. `beside`: arrays that no codec may round; their
+        names begin with BESIDE.
 
         Raises TaskError if a value is not finite.
         """
@@ -83,15 +93,23 @@ class Packing:
                 left = left_over(due, self._decoded(layout, encoded)) if self.codec.feedback else {}
             else:
                 encoded, left = self.codec.encode(layout, delta, rng), {}
-        blob = tensors.encode(encoded)
+        blob = tensors.encode({**encoded, **beside})
         return Packed(squeeze(blob) if self.squeezed else blob, left)
 
     def unpack(self, body: Buffer, like: Arrays) -> Named:
         """The arrays of an update to the model `like`, some of them decoded when they are asked for. Raises
         BadMessage, perhaps only then."""
+        return self.unpack_both(body, like, NOTHING)[0]
+
+    def unpack_both(self, body: Buffer, like: Arrays, beside: Arrays) -> tuple[Named, Arrays]:
+        """As `unpack`, and the arrays like `beside` that travelled with them. Raises BadMessage if one misses."""
         if self.squeezed:
-            body = unsqueeze(body, sum(array.nbytes for array in like.values()) + SPARE_BYTES)
-        return self._decoded(Layout(like), tensors.decode(body))
+            most = sum(array.nbytes for array in (*like.values(), *beside.values()))
+            body = unsqueeze(body, most + SPARE_BYTES)
+        encoded = tensors.decode(body)
+        uncoded = {name: encoded.pop(name) for name in beside if name in encoded}
+        tensors.check_like(uncoded, beside)
+        return self._decoded(Layout(like), encoded), uncoded
 
     def _decoded(self, layout: Layout, encoded: Arrays) -> Named:
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused by the sum's bounds

@@ -68,7 +68,8 @@ class Gate:
 
 
 class Pull:
-    """Each participant pulls the model halfway towards a point of its own, with noise from the given seed."""
+    """Each participant pulls the model halfway towards a point of its own, with noise from the given seed: one
+    step of size 1/2 down half the squared distance."""
 
     def __init__(self, name: str, size: int = 7, examples: int = 10) -> None:
         self.name = "pull"
@@ -84,8 +85,13 @@ class Pull:
         self.trained.append(config.round)
         noise = np.random.default_rng(config.seed).normal(scale=0.01, size=self.point.shape).astype(np.float32)
         w = arrays["w"] + (self.point - arrays["w"]) / 2 + noise
+        if config.correction:
+            w -= config.correction["w"] / 2
         loss = float(np.square(w - self.point).mean())
-        return TrainResult({"w": w, "steps": arrays["steps"] + 1}, self.num_examples, {"loss": loss})
+        return TrainResult(
+            {"w": w, "steps": arrays["steps"] + 1}, self.num_examples, {"loss": loss}, step_sum=0.5,
+            start_loss=self.evaluate(arrays).metrics["loss"] if config.wants == "delta+loss" else None,
+        )  # fmt: skip
 
     def evaluate(self, arrays: Arrays) -> Evaluation:
         return Evaluation({"loss": float(np.square(arrays["w"] - self.point).mean())}, self.num_examples)

@@ -12,7 +12,7 @@ from broker.errors import BadMessage
 from tests.fuzzing import mutate
 from tests.fuzzing.decoders import check_reason
 from tests.fuzzing.engine import Target
-from workers.residual import Residual
+from workers.kept import Kept
 
 NAMES = ("none", "fp16", "bf16", "int8", "qsgd:7", "qsgd:127", "topk:0.01", "topk:0.25", "sign", "powersgd:2")
 SQUEEZES = 128  # added to a name's number: the lossless stage follows
@@ -64,14 +64,14 @@ def _after_the_name(data: bytes, dice: mutate.Random) -> bytes:
 
 def check_residual(data: bytes) -> None:
     """Whatever lies there is what was written, or it is set aside."""
-    found = Residual.from_bytes(data)
-    assert Residual.from_bytes(found.to_bytes()) == found
+    found = Kept.from_bytes(data)
+    assert Kept.from_bytes(found.to_bytes()) == found
     tensors.decode(found.blob)
 
 
 def residuals() -> Target:
-    whole = Residual("run-1", 3, tensors.encode(DELTA)).to_bytes()
-    none = Residual("run-1", 0, tensors.encode({})).to_bytes()
+    whole = Kept("run-1", 3, tensors.encode(DELTA)).to_bytes()
+    none = Kept("run-1", 0, tensors.encode({})).to_bytes()
     return Target(check_residual, (whole, none), mutate.raw(mutate.TOKENS), (BadMessage,))
 
 

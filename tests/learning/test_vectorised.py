@@ -378,7 +378,10 @@ def test_federated_statistics_come_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("chosen", "reason"),
     [
-        ({"strategy.name": "fedsgd", "train.batch_size": 0}, "strategy 'fedsgd' sums gradients"),
+        (
+            {"strategy.name": "fedsgd", "train.batch_size": 0},
+            "strategy 'fedsgd' wants more, or other, than trained models",
+        ),
         ({"round.participants": 3}, "asks 3 participants"),
         ({"train.mu": 0.01}, "for each participant alone"),
     ],

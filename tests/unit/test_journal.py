@@ -19,7 +19,7 @@ from broker.errors import StateError
 from broker.messages import Join, TrainRound, UpdateReady, Where
 from broker.wire import encode
 from workers.journal import FileJournal, Held, Journal, MemoryJournal, Remembered
-from workers.residual import Residual
+from workers.kept import Kept
 
 BODY = b"arrays of the finished update"
 
@@ -258,11 +258,11 @@ def test_a_crash_leaves_the_old_update_or_the_new_or_none_but_no_mixture(
 
 # -- what an update owes to the next --------------------------------------------------------------------------
 
-IN_FORCE, OF_A, OF_B = (Residual("run-1", number, f"residual {number}".encode()) for number in (1, 2, 3))
+IN_FORCE, OF_A, OF_B = (Kept("run-1", number, f"residual {number}".encode()) for number in (1, 2, 3))
 CALLS = [(name, nth) for name in ("fsync", "replace", "unlink") for nth in range(1, 9)]
 
 
-def owed(directory: Path) -> Residual | None:
+def owed(directory: Path) -> Kept | None:
     """What another process would add to its next update."""
     return asyncio.run(FileJournal(directory).residual())
 
@@ -277,7 +277,7 @@ async def owing(journal: Journal) -> None:
 @pytest.mark.parametrize(("counted", "expected"), [(True, OF_A), (False, IN_FORCE)])
 @pytest.mark.parametrize("kind", ["file", "memory"])
 def test_what_an_update_owes_is_in_force_once_it_was_counted(
-    tmp_path: Path, kind: str, counted: bool, expected: Residual
+    tmp_path: Path, kind: str, counted: bool, expected: Kept
 ) -> None:
     """Refused, late or lost: what was owed before it is still owed."""
     journal: Journal = FileJournal(tmp_path) if kind == "file" else MemoryJournal()
@@ -304,7 +304,7 @@ def test_an_update_that_owes_nothing_new_changes_nothing(tmp_path: Path, kind: s
 @pytest.mark.parametrize(("name", "nth"), CALLS)
 @pytest.mark.parametrize(("counted", "expected"), [(True, OF_A), (False, IN_FORCE)])
 def test_a_crash_while_a_fate_is_noted_leaves_what_the_fate_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: bool, expected: Residual, name: str, nth: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: bool, expected: Kept, name: str, nth: int
 ) -> None:
     """Whoever still holds the update says so, and is told again."""
     journal = FileJournal(tmp_path)

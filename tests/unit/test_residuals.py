@@ -14,9 +14,9 @@ from broker.errors import BadMessage
 from broker.messages import TrainRound, Where
 from broker.tensors import Arrays
 from workers.choice import Measured, choose
-from workers.residual import Residual
+from workers.kept import Kept
 from workers.task import Evaluation, TrainConfig, TrainResult
-from workers.trainer import Errand, Finished, Sizes, carry_out, described, train_config
+from workers.trainer import Errand, Finished, Sizes, carry_out, described, owed_by, train_config
 
 MODEL = {"w": np.zeros((20, 30), np.float32), "b": np.zeros(7, np.float32), "n": np.zeros((), np.int64)}
 
@@ -57,7 +57,7 @@ def told(
     return TrainRound(**fields)
 
 
-def worked(order: TrainRound, residual: Residual | None = None, participant: str = "p01") -> Finished:
+def worked(order: TrainRound, residual: Kept | None = None, participant: str = "p01") -> Finished:
     packing = choose(order.codecs, 1, Measured())
     errand = Errand(order, tensors.encode(MODEL), participant, packing, residual)
     finished = carry_out(Adds(), errand, train_config(order, participant, lambda: False))
@@ -135,21 +135,21 @@ def test_a_residual_of_another_run_or_of_rounds_to_come_is_none(order: TrainRoun
     owes = worked(told(1)).owes
     assert owes
     with pytest.raises(BadMessage, match=why):
-        owes.arrays(order, MODEL)
+        owed_by(owes, order, MODEL)
 
 
 def test_a_residual_of_another_shape_is_none() -> None:
     owes = worked(told(1)).owes
     assert owes
-    assert owes.arrays(told(2), MODEL)
+    assert owed_by(owes, told(2), MODEL)
     for name, array in (("w", np.zeros((30, 20), np.float32)), ("w", np.zeros((20, 30), np.int32))):
         with pytest.raises(BadMessage):
-            owes.arrays(told(2), MODEL | {name: array})
+            owed_by(owes, told(2), MODEL | {name: array})
     with pytest.raises(BadMessage, match="none of this model"):
-        owes.arrays(told(2), {"other": MODEL["w"]})
+        owed_by(owes, told(2), {"other": MODEL["w"]})
 
 
 def test_a_residual_comes_back_from_its_file() -> None:
     owes = worked(told(1)).owes
     assert owes
-    assert Residual.from_bytes(owes.to_bytes()) == owes
+    assert Kept.from_bytes(owes.to_bytes()) == owes
