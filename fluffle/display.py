@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aggregator.history import RoundReport
-from fluffle.results import headline
+from fluffle.results import headline, shown
 from fluffle.text import size_text
 
 WAITING = "waiting for participants"
@@ -85,7 +85,7 @@ class LogDisplay:
     def on_report(self, report: RoundReport) -> None:
         values = asdict(report)
         event = "round_closed" if report.work == "train" else "version_evaluated"
-        log.info(event, **{name: values[name] for name in LOGGED}, **report.metrics)
+        log.info(event, **{name: values[name] for name in LOGGED}, **shown(report.metrics))
 
     def on_notice(self, event: str, **fields: object) -> None:
         log.info(event, **fields)
@@ -116,7 +116,7 @@ class LiveDisplay:
         self._live.stop()
 
     def on_report(self, report: RoundReport) -> None:
-        self._metrics[report.round] = {**self._metrics.get(report.round, {}), **report.metrics}
+        self._metrics[report.round] = {**self._metrics.get(report.round, {}), **shown(report.metrics)}
         if report.work == "train":
             self._reports[report.round] = report
         self._progress.update(self._bar, completed=report.round, description="training")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from broker.errors import DataError, TaskError
+from workers.classes import Tally, tally
 from workers.data import Dataset
 from workers.modules import arrays_of, build, load_arrays, seeded, views
 from workers.preprocess import Preprocess, PreprocessReport, prepare
@@ -37,9 +38,9 @@ class TaskDefinition:
     `model` makes the module; its parameters and buffers travel under their `state_dict` names. `load` gets the
     whole data set; if it takes an argument, that is what `site.data` says: where one participant's own is.
     `loss` is "cross-entropy", "mse" or a function of (outputs, targets) that gives the mean over the examples as
-    a scalar. `metric` "accuracy" adds accuracy to evaluations, "rmse" adds rmse and mae. `defaults` are training
-    settings (see `Recipe`). `held_out` is the share of examples nobody trains on; `seed` draws the initial model
-    and the held-out examples.
+    a scalar. `metric` "accuracy" adds accuracy, macro_f1 and macro_recall to evaluations, "rmse" rmse and mae.
+    `defaults` are training settings (see `Recipe`). `held_out` is the share of examples nobody trains on; `seed`
+    draws the initial model and the held-out examples.
     """
 
     name: str
@@ -113,7 +114,8 @@ class TorchTask:
         return config.wants == "delta" and not in_statistics
 
     def evaluate(self, arrays: Arrays) -> Evaluation:
-        """Means over the held-out examples: loss (without penalty), and accuracy or mae; and rmse.
+        """Means over the held-out examples: loss (without penalty), and accuracy or mae; and rmse, or what the
+        mistakes come to class by class (`classes.py`).
 
         Raises TaskError if there are none, the arrays do not fit, or a metric is not finite.
         """
@@ -125,7 +127,7 @@ class TorchTask:
         load_arrays(self.module, arrays)
         self.module.eval()
         with torch.inference_mode():
-            return Evaluation(self._measure(self._held_out), len(self._held_out))
+            return self._measure(self._held_out)
 
     def _demand_rows(self) -> None:
         if not self.num_examples:
@@ -179,7 +181,7 @@ class TorchTask:
             arrays[f"{scaler}{name}"] = moment
         self.module.eval()
         with torch.inference_mode():
-            loss = self._measure(self.rows)["loss"]
+            loss = self._measure(self.rows).metrics["loss"]
         return TrainResult(arrays, self.num_examples, {"loss": loss}, effective_steps=1.0)
 
     def _scaler_name(self) -> str | None:
@@ -225,19 +227,24 @@ class TorchTask:
                 f"targets {tuple(y.shape)} {y.dtype}: {error}"
             ) from error
 
-    def _measure(self, rows: Rows) -> dict[str, float]:
+    def _measure(self, rows: Rows) -> Evaluation:
         parts: list[tuple[dict[str, float], int]] = []
+        mistakes: Tally | None = None
         for x, y in zip(torch.split(rows.x, CHUNK_ROWS), torch.split(rows.y, CHUNK_ROWS), strict=True):
             outputs, loss = self._forward(x, y)
             with self._failures_named(x, y):
                 metrics = METRICS[self.definition.metric](outputs, y)
+                if self.definition.metric == "accuracy":
+                    found = _tally(outputs, y)
+                    mistakes = found if mistakes is None else mistakes + found
             parts.append(({"loss": loss.item(), **metrics}, len(x)))
         means = {name: math.fsum(part[name] * n for part, n in parts) / len(rows) for name in parts[0][0]}
         if "mse" in means:
             means["rmse"] = math.sqrt(means.pop("mse"))
+        means |= mistakes.metrics() if mistakes is not None else {}
         if bad := [name for name, value in means.items() if not math.isfinite(value)]:
             raise TaskError(f"task {self.name!r}: {', '.join(bad)} not finite: the model diverged, lower train.lr")
-        return means
+        return Evaluation(means, len(rows), None if mistakes is None else mistakes.confusion)
 
     def _diverged(self, what: str, chosen: Recipe) -> TaskError:
         return TaskError(
@@ -275,6 +282,10 @@ def _mse(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _accuracy(outputs: Tensor, targets: Tensor) -> dict[str, float]:
     return {"accuracy": (outputs.argmax(dim=1) == targets).double().mean().item()}
+
+
+def _tally(outputs: Tensor, targets: Tensor) -> Tally:
+    return tally(targets.long().numpy(), outputs.argmax(dim=1).numpy(), outputs.shape[1])
 
 
 def _errors(outputs: Tensor, targets: Tensor) -> dict[str, float]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from aggregator.fairness import views_of
 from aggregator.job import Surroundings
 from aggregator.registry import sample
 from aggregator.settings import RunSettings
@@ -467,6 +468,8 @@ async def test_participants_measure_each_version_on_their_own_data(
     model = await model_of(federation, head)
     losses = [task.evaluate(model).metrics["loss"] for task in federation.tasks.values()]
     assert head.metrics["loss"] == pytest.approx(sum(losses) / 3)
+    views = [head.metrics[name] for name in views_of("loss")]
+    assert views == pytest.approx([sum(losses) / 3, max(losses), np.std(losses), min(losses), max(losses)])
     assert head.best
     assert head.best.round in (2, 4)
     assert digest(head) == undisturbed

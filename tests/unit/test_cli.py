@@ -28,6 +28,7 @@ from broker.messages import Where
 from fluffle.cli import cli, prediction_lines
 from fluffle.config import Config
 from fluffle.display import Display
+from fluffle.jobs import MEASURED
 
 ROOT = Path(__file__).parents[2]
 
@@ -280,7 +281,7 @@ def test_central_and_local_answer_with_json() -> None:
     local = json.loads(fluffle("local", "heart", "--rounds", "2", "--json", "-").stdout)
     assert len(central["history"]) == 2
     assert len(local["participants"]) == 4
-    assert central["metrics"].keys() == local["metrics"].keys() == {"loss", "accuracy"}
+    assert central["metrics"].keys() == local["metrics"].keys() == {"loss", "accuracy", "macro_f1", "macro_recall"}
 
 
 def test_lists() -> None:
@@ -293,8 +294,13 @@ def test_a_finished_run_is_listed_measured_used_and_exported(simulation: Simulat
     assert fluffle("simulate", "digits", "--set", "run.id=my-run").exit_code == 0
     assert "my-run  digits  fedavg" in fluffle("runs", "list").stdout
     assert fluffle("runs", "show", "my-run").stdout == fluffle("runs", "show").stdout
-    measured = json.loads(fluffle("evaluate", "my-run", "--json", "-").stdout)
-    assert measured["metrics"].keys() == {"loss", "accuracy"}
+    measured = json.loads(fluffle("evaluate", "my-run", "--json", "-", "--picture", "mistakes.png").stdout)
+    assert measured["metrics"].keys() == {*MEASURED["accuracy"], *(f"recall_{digit}" for digit in range(10))}
+    assert sum(map(sum, measured["confusion"])) == measured["num_examples"] == 359
+    assert Path("mistakes.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(Path("runs/my-run/result.json").read_text())["confusion"] == measured["confusion"]
+    assert Path("runs/my-run/confusion.png").exists()
+    assert "TRUE \\ PREDICTED" in fluffle("runs", "show", "my-run").stdout
     assert fluffle("export", "my-run", "model.npz").exit_code == 0
     with np.load("model.npz", allow_pickle=False) as arrays:
         assert len(arrays.files) == 4
