@@ -264,6 +264,27 @@ class TrainSection(Part):
     max_seconds: Annotated[
         float | None, Field(ge=0, description="train at most about so long per round; 0: no limit")
     ] = None
+    class_weights: Annotated[
+        str | None,
+        Field(description="rare classes weigh more in the loss: `balanced` or `effective:BETA`; empty: all alike"),
+    ] = None
+    sampling: Annotated[
+        str | None,
+        Field(
+            description="rare classes are seen more often: `over`, `under` or `balanced` (in each batch); empty: "
+            "all examples alike"
+        ),
+    ] = None
+    focal_gamma: Annotated[
+        float | None, Field(ge=0, le=20, description="gamma of the focal loss, for what is hard; 0: plain")
+    ] = None
+    augment: Annotated[
+        str | None,
+        Field(description="changes images at each step, as `shift:2,rotate:10,noise:0.1,cutout:8`; empty: never"),
+    ] = None
+    mixup: Annotated[
+        float | None, Field(ge=0, le=100, description="ALPHA of mixup: examples of a batch are mixed; 0: never")
+    ] = None
 
     def chosen(self) -> dict[str, Scalar]:
         """The keys that are set."""

@@ -58,6 +58,7 @@ def run_job(config: Config) -> Job:
     from fluffle.learning import shares_of
 
     check_metrics(config, task)
+    task.recipe(config.train.chosen())
     held_out = shares_of(config, task).held_out if config.evaluation.mode == "central" else None
     return _job(config, task.bind(held_out=held_out), initial, task.metric)
 

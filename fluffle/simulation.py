@@ -74,12 +74,12 @@ def plan_simulation(config: Config) -> Plan:
     broker = _broker(config)
     make_strategy(config.strategy, config.round)
     definition = find_task(config.task)
-    definition.recipe(config.train.chosen())
     check_metrics(config, definition)
     store = keepers_store(config.store)
     if store is None and config.broker.url == "memory":
         store = OwnMemory()
     shares = shares_of(config, definition)
+    definition.recipe(config.train.chosen(), shares.train.x.shape[1:])
     return Plan(config, definition, shares, broker, store, attacks_of(config, shares))
 
 

@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from broker.errors import ConfigError
+from workers.augment import Augment
+from workers.imbalance import check_sampling, check_weights
 from workers.task import Scalar
 
+REMEDIES = ("class_weights", "sampling", "focal_gamma", "augment", "mixup")
+KINDS = {int: "a whole number", float: "a number", str: "a text"}
 LARGEST = 1e6  # what float32 can still multiply by
 
 
@@ -20,6 +24,8 @@ class Recipe:
     `batch_size` 0 is the full batch. `l2` is alpha in the penalty alpha / 2 * ||w||^2. `momentum` starts anew each
     round. `mu` pulls the parameters back to those of the round's start, x, with mu / 2 * ||w - x||^2 (FedProx, Li
     et al., 2020). `max_steps` and `max_seconds` end local training early, after at least one step; 0 is no limit.
+
+    `REMEDIES` are off by default: against classes of unequal size (`imbalance.py`) and too few examples.
     """
 
     lr: float = 0.1
@@ -30,6 +36,11 @@ class Recipe:
     max_steps: int = 0
     mu: float = 0.0
     max_seconds: float = 0.0
+    class_weights: str = ""
+    sampling: str = ""
+    focal_gamma: float = 0.0
+    augment: str = ""
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         _demand("lr", self.lr, f"above 0 and at most {LARGEST:g}", fits=0 < self.lr <= LARGEST)
@@ -45,6 +56,19 @@ class Recipe:
             fits=0 <= self.mu * self.lr <= 1,
         )
         _demand("max_seconds", self.max_seconds, "0 (no limit) or more", fits=0 <= self.max_seconds < math.inf)
+        _demand("focal_gamma", self.focal_gamma, "0 (off) to 20", fits=0 <= self.focal_gamma <= 20)
+        _demand("mixup", self.mixup, "0 (off) to 100", fits=0 <= self.mixup <= 100)
+        if self.class_weights:
+            check_weights(self.class_weights)
+        if self.sampling:
+            check_sampling(self.sampling)
+        if self.augment:
+            Augment.parsed(self.augment)
+
+    @property
+    def remedies(self) -> tuple[str, ...]:
+        """The names of those that are on."""
+        return tuple(name for name in REMEDIES if getattr(self, name))
 
     def effective_steps(self, steps: int) -> float:
         """What a constant gradient of 1 moves the parameters by in so many steps, in units of `lr`: `steps`, more
@@ -59,22 +83,24 @@ class Recipe:
 def recipe(settings: Mapping[str, Scalar]) -> Recipe:
     """The recipe in these settings. Raises ConfigError for an unknown name or a value of the wrong type."""
     wanted: dict[str, type] = {field.name: type(field.default) for field in fields(Recipe)}
-    values: dict[str, int | float] = {}
+    values: dict[str, int | float | str] = {}
     for name, value in settings.items():
         if name not in wanted:
             raise ConfigError(
                 f"setting train.{name} is unknown{_near(name, wanted)}: there are {', '.join(wanted)}"
             )
-        values[name] = _number(name, value, wanted[name])
-    return Recipe(**values)  # type: ignore[arg-type]  # _number returned what each field wants
+        values[name] = _checked(name, value, wanted[name])
+    return Recipe(**values)  # type: ignore[arg-type]  # _checked returned what each field wants
 
 
-def _number(name: str, value: Scalar, kind: type) -> int | float:
+def _checked(name: str, value: Scalar, kind: type) -> int | float | str:
+    if kind is str and isinstance(value, str):
+        return value
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise ConfigError(f"setting train.{name} = {value!r} is not {'a whole number' if kind is int else 'a number'}")
+    raise ConfigError(f"setting train.{name} = {value!r} is not {KINDS[kind]}")
 
 
 def _near(name: str, known: Mapping[str, type]) -> str:

@@ -18,16 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from broker.errors import DataError, TaskError
+from broker.errors import ConfigError, DataError, TaskError
+from workers.augment import IMAGE_DIMENSIONS, Augment
 from workers.classes import Tally, tally
 from workers.data import Dataset
+from workers.imbalance import class_weights, resampled
+from workers.lesson import Lesson, Loss, weighted_cross_entropy
 from workers.modules import arrays_of, build, load_arrays, seeded, views
 from workers.preprocess import Preprocess, PreprocessReport, prepare
 from workers.recipe import Recipe, recipe
 from workers.scaler import STATISTICS_ROUND, FederatedScaler, local_moments
 from workers.task import Arrays, Evaluation, Scalar, TrainConfig, TrainResult, WorkAbandoned
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+LESSON_DRAWS = 4  # tells a lesson's random numbers from those that shuffle
 CHUNK_ROWS = 2048  # most examples in one pass through the model, so that full batches fit into memory
 
 
@@ -54,9 +57,24 @@ class TaskDefinition:
     held_out: float = 0.2
     seed: int = 42
 
-    def recipe(self, settings: Mapping[str, Scalar]) -> Recipe:
-        """The defaults with these settings over them. Raises ConfigError for one that cannot work."""
-        return recipe({**self.defaults, **settings})
+    def recipe(self, settings: Mapping[str, Scalar], inputs: tuple[int, ...] | None = None) -> Recipe:
+        """The defaults with these settings over them. Raises ConfigError for one that cannot work, also for
+        examples of the shape `inputs` if that is known."""
+        chosen = recipe({**self.defaults, **settings})
+        for name in chosen.remedies:
+            if needs := self._lacks(name, inputs):
+                raise ConfigError(f"setting train.{name} needs {needs}: leave it out for task {self.name!r}")
+        return chosen
+
+    def _lacks(self, remedy: str, inputs: tuple[int, ...] | None) -> str:
+        """What this task would have to be for a remedy; nothing if it is that."""
+        if remedy in ("class_weights", "focal_gamma") and self.loss != "cross-entropy":
+            return "classes and the loss 'cross-entropy'"
+        if remedy == "sampling" and self.metric != "accuracy":
+            return "classes, and the targets are measured numbers"
+        if remedy == "augment" and inputs is not None and len(inputs) not in IMAGE_DIMENSIONS:
+            return f"images, (height, width) or (channels, height, width), and examples have the shape {inputs}"
+        return ""
 
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"
@@ -96,16 +114,16 @@ class TorchTask:
 
         The L2 penalty is l2 / 2 * ||w||^2 over parameters with two or more dimensions: weights, not biases or
         norm layers. The proximal term is mu / 2 * ||w - x||^2 over all parameters, x as they came in. The metric
-        `loss` is the mean loss without both, before each step. Raises TaskError if the arrays do not fit or the
-        loss is not finite, and WorkAbandoned when told to stop.
+        `loss` is the mean loss without both, but as the remedies make it, before each step. Raises TaskError if the
+        arrays do not fit or the loss is not finite, and WorkAbandoned when told to stop.
         """
         self._demand_rows()
-        chosen = self.definition.recipe(config.settings)
+        chosen = self.definition.recipe(config.settings, tuple(self.rows.x.shape[1:]))
         load_arrays(self.module, arrays)
         self.module.train()
         with seeded(config.seed):
             if config.wants == "gradient":
-                return self._gradient(chosen)
+                return self._gradient(chosen, config.seed)
             return self._descend(chosen, config) if self.descends(config) else self._statistics()
 
     def descends(self, config: TrainConfig) -> bool:
@@ -138,10 +156,11 @@ class TorchTask:
         losses: list[tuple[float, int]] = []
         origin = _parameters(self.module) if chosen.mu else {}
         began = config.clock()
-        for batch in batches(self.num_examples, chosen, config.seed):
+        lesson = self._lesson(chosen, config.seed)
+        for batch in batches(self.num_examples, chosen, config.seed, self.rows.y):
             if config.should_stop():
                 raise WorkAbandoned(f"task {self.name!r}: told to stop after {len(losses)} steps")
-            losses.append((self.backward(batch, chosen), len(batch)))
+            losses.append((self.backward(batch, chosen, lesson), len(batch)))
             _pull_back(self.module, chosen.mu, origin)
             _step(self.module, chosen, velocity)
             if chosen.max_seconds and config.clock() - began >= chosen.max_seconds:
@@ -160,14 +179,36 @@ class TorchTask:
         loss = math.fsum(loss * count for loss, count in losses) / examples
         return TrainResult(arrays, self.num_examples, {"loss": loss}, chosen.effective_steps(len(losses)))
 
-    def _gradient(self, chosen: Recipe) -> TrainResult:
+    def _lesson(self, chosen: Recipe, seed: int) -> Lesson | None:
+        """How the remedies show examples; None if plainly."""
+        if not set(chosen.remedies) - {"sampling"}:
+            return None
+        loss = self._loss
+        if chosen.class_weights or chosen.focal_gamma:
+            form, labels = chosen.class_weights, self.rows.y.numpy()
+            weights = torch.from_numpy(class_weights(labels, form)) if form else None
+            loss = weighted_cross_entropy(weights, chosen.focal_gamma)
+        augment = Augment.parsed(chosen.augment) if chosen.augment else None
+        return Lesson(loss, np.random.default_rng([seed, LESSON_DRAWS]), augment, chosen.mixup)
+
+    @property
+    def _loss(self) -> Loss:
+        chosen = self.definition.loss
+        return LOSSES[chosen] if isinstance(chosen, str) else chosen
+
+    def _gradient(self, chosen: Recipe, seed: int) -> TrainResult:
         """The mean gradient over all local examples with the penalty's; zeros for buffers."""
+        if chosen.sampling:
+            raise TaskError(
+                f"task {self.name!r}: train.sampling chooses the examples of steps, but a gradient is that of all: "
+                "use train.class_weights, or a strategy that sends models (fedavg)"
+            )
         if self._scaler_name() is not None:
             raise TaskError(
                 f"task {self.name!r} standardises with federated statistics, which travel as model arrays and not "
                 "as gradients: use a strategy that sends models (fedavg), or a fixed preprocess.reference"
             )
-        loss = self.backward(torch.arange(self.num_examples), chosen)
+        loss = self.backward(torch.arange(self.num_examples), chosen, self._lesson(chosen, seed))
         gradients = {name: np.zeros_like(array) for name, array in views(self.module).items()}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if parameter.grad is not None:
@@ -191,13 +232,15 @@ class TorchTask:
                 return f"{name}." if name else ""
         return None
 
-    def backward(self, batch: Tensor, chosen: Recipe) -> float:
+    def backward(self, batch: Tensor, chosen: Recipe, lesson: Lesson | None = None) -> float:
         """Leaves the gradient of the mean loss over these examples, with the penalty's, in the module; returns
         that loss. Raises TaskError if it is not finite."""
         self.module.zero_grad()
         total = 0.0
         for chunk in torch.split(batch, CHUNK_ROWS):
-            _, loss = self._forward(self.rows.x[chunk], self.rows.y[chunk])
+            x, y = self.rows.x[chunk], self.rows.y[chunk]
+            x, function = (x, self._loss) if lesson is None else lesson(x)
+            _, loss = self._forward(x, y, function)
             share = loss * (len(chunk) / len(batch))
             share.backward()  # type: ignore[no-untyped-call]
             total += share.item()
@@ -206,10 +249,8 @@ class TorchTask:
         _add_penalty(self.module, chosen.l2)
         return total
 
-    def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, x: Tensor, y: Tensor, function: Loss) -> tuple[Tensor, Tensor]:
         """Outputs and mean loss. Raises TaskError, with shapes, for whatever goes wrong in the user's code."""
-        chosen = self.definition.loss
-        function = LOSSES[chosen] if isinstance(chosen, str) else chosen
         with self._failures_named(x, y):
             outputs = self.module(x)
             loss = function(outputs, y)
@@ -231,7 +272,7 @@ class TorchTask:
         parts: list[tuple[dict[str, float], int]] = []
         mistakes: Tally | None = None
         for x, y in zip(torch.split(rows.x, CHUNK_ROWS), torch.split(rows.y, CHUNK_ROWS), strict=True):
-            outputs, loss = self._forward(x, y)
+            outputs, loss = self._forward(x, y, self._loss)
             with self._failures_named(x, y):
                 metrics = METRICS[self.definition.metric](outputs, y)
                 if self.definition.metric == "accuracy":
@@ -297,14 +338,18 @@ LOSSES: Mapping[str, Loss] = {"cross-entropy": _cross_entropy, "mse": _mse}
 METRICS: Mapping[str, Callable[[Tensor, Tensor], dict[str, float]]] = {"accuracy": _accuracy, "rmse": _errors}
 
 
-def batches(examples: int, chosen: Recipe, seed: int) -> Iterator[Tensor]:
-    """Indices of each step's examples: shuffled anew each local epoch, or all in order for a full batch."""
+def batches(examples: int, chosen: Recipe, seed: int, labels: Tensor | None = None) -> Iterator[Tensor]:
+    """Indices of each step's examples: shuffled anew each local epoch, or all in order for a full batch; or as
+    `chosen.sampling` draws them by their labels."""
     rng = np.random.default_rng(seed)
     size = chosen.batch_size or examples
     steps = 0
     for _ in range(chosen.local_epochs):
-        order = np.arange(examples) if size >= examples else rng.permutation(examples)
-        for batch in torch.split(torch.from_numpy(order), size):
+        if chosen.sampling and labels is not None:
+            order = resampled(labels.numpy(), chosen.sampling, rng)
+        else:
+            order = np.arange(examples) if size >= examples else rng.permutation(examples)
+        for batch in torch.split(torch.from_numpy(order), chosen.batch_size or len(order)):
             yield batch
             steps += 1
             if steps == chosen.max_steps:
