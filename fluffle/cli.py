@@ -16,7 +16,7 @@ from fluffle.broker_commands import broker_group
 from fluffle.chaos_commands import chaos
 from fluffle.command import Asked, Cli, check_target, configurable, emit, json_option
 from fluffle.control_commands import COMMANDS
-from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS, SIMULATION_FLAGS
+from fluffle.flags import COMMON_FLAGS, DATA_FLAGS, FEDERATION_FLAGS, SIMULATION_FLAGS
 from fluffle.rejected_commands import rejected
 from fluffle.run_commands import aggregator, initial, worker
 
@@ -286,7 +286,29 @@ def export(model: str, out: Path, file_format: str | None) -> None:
 
 @cli.group()
 def data() -> None:
-    """Get data sets."""
+    """Get data sets, and look at who would hold what."""
+
+
+@data.command("show")
+@configurable(*DATA_FLAGS)
+@picture_option
+@json_option
+def show_data(asked: Asked, picture: Path | None, json_target: str | None) -> None:
+    """Show how TASK's data is shared out: who holds how many examples of which class.
+
+    It shares out what this machine has, as a simulation would. No participant is asked, and no run is needed.
+    """
+    from fluffle.holdings import draw_holdings, holdings, holdings_text
+    from fluffle.learning import shares_of
+    from fluffle.pictures import save_picture
+    from workers.tasks import find_task
+
+    check_target(json_target)
+    config = asked.config()
+    found = holdings(config, shares_of(config, find_task(config.task)))
+    if picture is not None:
+        save_picture(draw_holdings(found), picture)
+    emit(found, holdings_text(found), json_target)
 
 
 @data.command()
