@@ -22,6 +22,7 @@ from fluffle.text import size_text
 WAITING = "waiting for participants"
 NOTICES = 3
 LINES_BELOW = 8  # what must stay free of the terminal's height for the rest of the picture
+MOST_METRICS = 4  # columns that fit beside the others
 COUNTS = ("accepted", "late", "rejected", "duplicate")
 LOGGED = ("run_id", "round", "attempt", "version", "cohort", *COUNTS, "duration_s", "bytes_up", "bytes_down")
 
@@ -143,7 +144,8 @@ class LiveDisplay:
     def _metric_names(self) -> list[str]:
         known = {name: 0.0 for metrics in self._metrics.values() for name in metrics}
         first = headline(known)
-        return sorted(known, key=lambda name: name != first)
+        ranked = sorted(known, key=lambda name: (name != first, not name.endswith("_worst_10")))
+        return ranked[:MOST_METRICS]
 
     def _cells(self, report: RoundReport, names: list[str]) -> list[str]:
         metrics = self._metrics[report.round]

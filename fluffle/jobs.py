@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aggregator.fairness import viewed, views_of
 from aggregator.job import Job
-from broker.errors import ConfigError, TaskError
+from broker.errors import ConfigError, DataError, TaskError
 from broker.tensors import Arrays
 from broker.topology import AGGREGATOR
 from fluffle.config import Config, Defaults, Layer, taken_on_trust
@@ -112,7 +112,7 @@ def confusion_of(config: Config, model: Path) -> Confusion | None:
 
     try:
         found = evaluate(task, load_model(model)).confusion
-    except TaskError:
+    except (TaskError, DataError):
         return None
     return None if found is None else found.tolist()
 

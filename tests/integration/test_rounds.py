@@ -476,6 +476,17 @@ async def test_participants_measure_each_version_on_their_own_data(
     assert head.metrics["train_loss"] == federation.reports[-2].metrics["train_loss"]
 
 
+async def test_a_metric_that_nobody_measured_is_told(federation: Federation) -> None:
+    notices: list[tuple[str, Mapping[str, object]]] = []
+    around = Surroundings(on_notice=lambda event, fields: notices.append((event, fields)))
+    run = settings(3, rounds=2, evaluation={"mode": "federated", "every": 2})
+    head = await federation.run(run, around=around, metric="dice")
+    assert [fields for event, fields in notices if event == "metric_not_measured"] == [
+        {"metric": "dice", "measured": "loss train_loss"}
+    ]
+    assert head.best is None
+
+
 async def test_the_aggregator_measures_each_version_on_its_own_data(federation: Federation) -> None:
     seen: list[float] = []
 
