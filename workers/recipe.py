@@ -13,7 +13,6 @@ from workers.imbalance import check_sampling, check_weights
 from workers.task import Scalar
 
 REMEDIES = ("class_weights", "sampling", "focal_gamma", "augment", "mixup")
-KINDS = {int: "a whole number", float: "a number", str: "a text"}
 LARGEST = 1e6  # what float32 can still multiply by
 
 
@@ -89,11 +88,11 @@ def recipe(settings: Mapping[str, Scalar]) -> Recipe:
             raise ConfigError(
                 f"setting train.{name} is unknown{_near(name, wanted)}: there are {', '.join(wanted)}"
             )
-        values[name] = _checked(name, value, wanted[name])
-    return Recipe(**values)  # type: ignore[arg-type]  # _checked returned what each field wants
+        values[name] = _value(name, value, wanted[name])
+    return Recipe(**values)  # type: ignore[arg-type]  # _value returned what each field wants
 
 
-def _checked(name: str, value: Scalar, kind: type) -> int | float | str:
+def _value(name: str, value: Scalar, kind: type) -> int | float | str:
     if kind is str and isinstance(value, str):
         return value
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -106,6 +105,9 @@ def _checked(name: str, value: Scalar, kind: type) -> int | float | str:
 def _near(name: str, known: Mapping[str, type]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f", did you mean train.{near[0]}?" if near else ""
+
+
+KINDS: Mapping[type, str] = {int: "a whole number", float: "a number", str: "a word"}
 
 
 def _demand(name: str, value: float, wanted: str, *, fits: bool) -> None:

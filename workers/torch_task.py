@@ -239,7 +239,7 @@ class TorchTask:
         total = 0.0
         for chunk in torch.split(batch, CHUNK_ROWS):
             x, y = self.rows.x[chunk], self.rows.y[chunk]
-            x, function = (x, self._loss) if lesson is None else lesson(x)
+            x, function = (x, None) if lesson is None else lesson(x)
             _, loss = self._forward(x, y, function)
             share = loss * (len(chunk) / len(batch))
             share.backward()  # type: ignore[no-untyped-call]
@@ -249,8 +249,10 @@ class TorchTask:
         _add_penalty(self.module, chosen.l2)
         return total
 
-    def _forward(self, x: Tensor, y: Tensor, function: Loss) -> tuple[Tensor, Tensor]:
-        """Outputs and mean loss. Raises TaskError, with shapes, for whatever goes wrong in the user's code."""
+    def _forward(self, x: Tensor, y: Tensor, function: Loss | None = None) -> tuple[Tensor, Tensor]:
+        """Outputs and mean loss, by the definition's or another function. Raises TaskError, with shapes, for
+        whatever goes wrong in the user's code."""
+        function = function or self._loss
         with self._failures_named(x, y):
             outputs = self.module(x)
             loss = function(outputs, y)
@@ -272,7 +274,7 @@ class TorchTask:
         parts: list[tuple[dict[str, float], int]] = []
         mistakes: Tally | None = None
         for x, y in zip(torch.split(rows.x, CHUNK_ROWS), torch.split(rows.y, CHUNK_ROWS), strict=True):
-            outputs, loss = self._forward(x, y, self._loss)
+            outputs, loss = self._forward(x, y)
             with self._failures_named(x, y):
                 metrics = METRICS[self.definition.metric](outputs, y)
                 if self.definition.metric == "accuracy":

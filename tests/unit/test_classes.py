@@ -28,7 +28,7 @@ def check(found: Tally, true: list[int], predicted: list[int]) -> None:
     assert recalls(found.confusion) == pytest.approx({f"recall_{c}": r for c, r in zip(there, recall, strict=True)})
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(pairs=PAIRS, cut=st.integers(0, 60))
 def test_counts_are_those_of_scikit_learn_however_they_are_added_up(pairs: list[tuple[int, int]], cut: int) -> None:
     true, predicted = (list(values) for values in zip(*pairs, strict=True))

@@ -310,6 +310,14 @@ def test_a_finished_run_is_listed_measured_used_and_exported(simulation: Simulat
     assert (nameless.exit_code, "add TASK" in nameless.stderr) == (2, True)
 
 
+def test_what_has_no_classes_has_no_picture_of_mistakes() -> None:
+    assert fluffle("initial", "diabetes", "model.safetensors").exit_code == 0
+    measured = json.loads(fluffle("evaluate", "model.safetensors", "diabetes", "--json", "-").stdout)
+    assert measured.keys() == {"task", "metrics", "num_examples"}
+    drawn = fluffle("evaluate", "model.safetensors", "diabetes", "--picture", "mistakes.png")
+    assert (drawn.exit_code, "task 'diabetes' has no classes" in drawn.stderr) == (2, True)
+
+
 def test_predictions_are_csv(simulation: Simulation) -> None:
     assert fluffle("simulate", "digits", "--set", "run.id=my-run").exit_code == 0
     sample = fluffle("predict", "my-run", "--sample", "5").stdout.splitlines()

@@ -122,7 +122,7 @@ def test_a_mistake_in_sampling_is_caught(
         ({"class_weights": "inverse"}, r"train\.class_weights = 'inverse' must be balanced, or effective:BETA"),
         ({"class_weights": "effective:1.0"}, "BETA in "),
         ({"class_weights": "effective:0.0"}, "BETA in "),
-        ({"class_weights": 1.0}, "is not a text"),
+        ({"class_weights": 1.0}, "is not a word"),
         ({"sampling": "smote"}, r"train\.sampling = 'smote' must be one of: over, under, balanced"),
         ({"focal_gamma": -1.0}, r"train\.focal_gamma = -1\.0 must be 0 \(off\) to 20"),
         ({"mixup": float("inf")}, r"train\.mixup = inf must be 0 \(off\) to 100"),
