@@ -18,6 +18,7 @@ from aggregator import control, plan, status
 from aggregator.announcer import Announcer, reply_to
 from aggregator.archive import Archive, report_of
 from aggregator.buffered import Buffer
+from aggregator.fairness import fairness
 from aggregator.garbage import Garbage
 from aggregator.intake import Intake, check_sender
 from aggregator.job import Job, Surroundings
@@ -60,6 +61,7 @@ from broker.messages import (
     Join,
     Leave,
     Message,
+    Metrics,
     Rejected,
     Status,
     TrainFailed,
@@ -489,12 +491,14 @@ class Term:
     async def _close(self, closing: Round, now: float) -> None:
         """One record closes this round and opens the next."""
         opened = closing.open
-        metrics = weighted_means(self.ledger.metrics, "train_" if opened.work == "train" else "")
+        metrics = self._reported(opened.work)
         record = self.head.with_(round=opened.round, metrics={**self.head.metrics, **metrics})
         if opened.work == "train":
             record = await self._new_version(record.with_(metrics=metrics, pace=self._pace(closing, now)))
         if self.job.metric in record.metrics:
             record = record.with_(best=best_of(record, self.job.metric))
+        elif opened.work == "evaluate" or evaluation_due(self.settings, "central", opened.round):
+            self._note("metric_not_measured", metric=self.job.metric, measured=" ".join(sorted(record.metrics)))
         closed = ClosedRound(
             work=opened.work, round=opened.round, attempt=opened.attempt, task=opened.task, opened=opened.opened,
             closed=now, cohort=len(opened.cohort), bytes_up=self.bytes_up, bytes_down=self.announcer.bytes_down,
@@ -510,6 +514,12 @@ class Term:
         if not self.head.finished:
             await self._announce()
         await self.garbage.collect(self.head, now)
+
+    def _reported(self, work: str) -> Metrics:
+        """What the participants' own metrics come to."""
+        if work == "train":
+            return weighted_means(self.ledger.metrics, "train_")
+        return weighted_means(self.ledger.metrics, "") | fairness(self.ledger.metrics, self.job.metric)
 
     def _pace(self, closing: Round, now: float) -> tuple[float, ...]:
         if self.settings.round.deadline == "fixed" or self.settings.round.is_buffered:

@@ -10,7 +10,7 @@ from broker.head import Decision, HeadRecord
 from broker.messages import Fate, Metrics, UpdateReady, Verdict
 
 MOST_LISTED = 1000  # refused and duplicate messages beyond are counted, no longer listed: a flood stays small
-MOST_METRICS = 32  # names: half of what a record may hold
+MOST_METRICS = 24  # names: twice that, and what `fairness.py` adds, is what a record may hold
 LONGEST_NAME = 64
 
 

@@ -6,7 +6,7 @@ from aggregator.settings import EvaluationSettings, RunSettings
 from broker.errors import ConfigError
 from broker.head import Best, HeadRecord
 
-LOWER_IS_BETTER = frozenset({"loss", "rmse", "mse", "mae", "error", "perplexity"})
+LOWER_IS_BETTER = frozenset({"loss", "rmse", "mse", "mae", "error", "perplexity", "std"})
 
 
 def evaluation_due(settings: RunSettings, mode: str, round: int) -> bool:  # noqa: A002 - the design's word
@@ -16,7 +16,12 @@ def evaluation_due(settings: RunSettings, mode: str, round: int) -> bool:  # noq
 
 
 def improves(metric: str, value: float, on: float) -> bool:
-    return value < on if metric in LOWER_IS_BETTER else value > on
+    return value < on if lower_is_better(metric) else value > on
+
+
+def lower_is_better(metric: str) -> bool:
+    """By the words of its name: of `train_loss`, `rmse`, `loss_worst_10` and `accuracy_std` less is better."""
+    return not LOWER_IS_BETTER.isdisjoint(metric.split("_"))
 
 
 def best_of(record: HeadRecord, metric: str) -> Best | None:

@@ -173,7 +173,13 @@ class EvaluationSettings(Part):
         Field(description="on the aggregator's held-out data, by the participants on theirs, or not at all"),
     ] = "central"
     every: Annotated[int, Field(ge=1, description="evaluate every n-th round, and the last")] = 1
-    metric: Annotated[Word, Field(description="which metric judges versions; empty: the task's own")] = ""
+    metric: Annotated[
+        Word,
+        Field(
+            description="which metric judges versions, as `macro_f1`, or `accuracy_worst_10` with federated "
+            "evaluation; empty: the task's own"
+        ),
+    ] = ""
 
 
 class StrategySettings(Part):

@@ -15,7 +15,7 @@ from fluffle.broker_commands import broker_group
 from fluffle.chaos_commands import chaos
 from fluffle.command import Asked, Cli, check_target, configurable, emit, json_option
 from fluffle.control_commands import COMMANDS
-from fluffle.flags import COMMON_FLAGS, FEDERATION_FLAGS, SIMULATION_FLAGS
+from fluffle.flags import COMMON_FLAGS, DATA_FLAGS, FEDERATION_FLAGS, SIMULATION_FLAGS
 from fluffle.rejected_commands import rejected
 from fluffle.run_commands import aggregator, initial, worker
 
@@ -29,6 +29,9 @@ RUNS = Path("runs")
 
 run_argument = click.argument("run", metavar="RUN", required=False)
 model_argument = click.argument("model", metavar="RUN_OR_FILE")
+picture_option = click.option(
+    "--picture", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw it, as PNG."
+)
 task_argument = click.argument("task", required=False)
 
 
@@ -182,18 +185,40 @@ def show_run(run: str | None) -> None:
 @cli.command()
 @model_argument
 @task_argument
+@picture_option
 @json_option
-def evaluate(model: str, task: str | None, json_target: str | None) -> None:
-    """Measure a model on its task's held-out data. A file that is no run's needs TASK."""
+def evaluate(model: str, task: str | None, picture: Path | None, json_target: str | None) -> None:
+    """Measure a model on its task's held-out data. A file that is no run's needs TASK.
+
+    Of a classifier it tells which classes are taken for which; --picture draws that.
+    """
     from fluffle import learning
-    from fluffle.text import metrics_text
+    from fluffle.text import confusion_text, metrics_text
+    from workers.classes import recalls
 
     check_target(json_target)
     arrays, definition = open_model(model, task)
     outcome = learning.evaluate(definition, arrays)
     text = f"{metrics_text(outcome.metrics)} on {outcome.num_examples} held-out examples\n"
-    result = {"task": definition.name, "metrics": outcome.metrics, "num_examples": outcome.num_examples}
+    metrics = {**outcome.metrics, **recalls(outcome.confusion)}
+    result: dict[str, Any] = {
+        "task": definition.name, "metrics": metrics, "num_examples": outcome.num_examples
+    }  # fmt: skip
+    if outcome.confusion is not None:
+        result["confusion"] = outcome.confusion.tolist()
+        text += f"\n{confusion_text(result['confusion'])}"
+    if picture is not None:
+        draw_mistakes(result, picture)
     emit(result, text, json_target)
+
+
+def draw_mistakes(result: dict[str, Any], picture: Path) -> None:
+    from fluffle.confusion import draw_confusion
+    from fluffle.pictures import save_picture
+
+    if "confusion" not in result:
+        raise ConfigError(f"--picture: task {result['task']!r} has no classes (or too many), so none are mistaken")
+    save_picture(draw_confusion(result["confusion"], result["task"]), picture)
 
 
 @cli.command()
@@ -260,7 +285,29 @@ def export(model: str, out: Path, file_format: str | None) -> None:
 
 @cli.group()
 def data() -> None:
-    """Get data sets."""
+    """Get data sets, and look at who would hold what."""
+
+
+@data.command("show")
+@configurable(*DATA_FLAGS)
+@picture_option
+@json_option
+def show_data(asked: Asked, picture: Path | None, json_target: str | None) -> None:
+    """Show how TASK's data is shared out: who holds how many examples of which class.
+
+    It shares out what this machine has, as a simulation would. No participant is asked, and no run is needed.
+    """
+    from fluffle.holdings import draw_holdings, holdings, holdings_text
+    from fluffle.learning import shares_of
+    from fluffle.pictures import save_picture
+    from workers.tasks import find_task
+
+    check_target(json_target)
+    config = asked.config()
+    found = holdings(config, shares_of(config, find_task(config.task)))
+    if picture is not None:
+        save_picture(draw_holdings(found), picture)
+    emit(found, holdings_text(found), json_target)
 
 
 @data.command()

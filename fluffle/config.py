@@ -50,7 +50,7 @@ from workers.attack import check_attack
 
 PREFIX = "FLUFFLE_"
 RUNS = "runs"
-PARTITION = re.compile(r"iid|natural|dirichlet:\d+(\.\d+)?(e-?\d+)?|shards:[1-9]\d{0,5}")
+PARTITION = re.compile(r"iid|natural|(dirichlet|quantity):\d+(\.\d+)?(e-?\d+)?|shards:[1-9]\d{0,5}")
 TARGET_METRIC = re.compile(r"[A-Za-z0-9_]+:[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -101,16 +101,28 @@ class DataSection(Part):
     partition: Annotated[
         str,
         Field(
-            description="`iid`, `dirichlet:ALPHA` (small: skewed labels), `shards:K` (K label-sorted shards each), "
-            "or `natural` (the data's own)"
+            description="`iid`, `dirichlet:ALPHA` (small: skewed labels), `quantity:ALPHA` (small: skewed sizes), "
+            "`shards:K` (K label-sorted shards each), or `natural` (the data's own)"
         ),
     ] = "iid"
+    imbalance: Annotated[
+        float,
+        Field(
+            ge=1,
+            description="thins the training data's classes to a long tail: the first has so many times as many "
+            "examples as the last; 1: not",
+        ),
+    ] = 1.0
 
     @field_validator("partition")
     @classmethod
     def _known(cls, value: str) -> str:
-        if not PARTITION.fullmatch(value) or (value.startswith("dirichlet:") and not float(value[10:])):
-            raise ValueError("use iid, natural, dirichlet:ALPHA (ALPHA above 0) or shards:K (K a whole number)")
+        skewed = value.startswith(("dirichlet:", "quantity:"))
+        if not PARTITION.fullmatch(value) or (skewed and not float(value.partition(":")[2])):
+            raise ValueError(
+                "use iid, natural, dirichlet:ALPHA or quantity:ALPHA (ALPHA above 0), or shards:K (K a whole "
+                "number)"
+            )
         return value
 
 
@@ -315,6 +327,27 @@ class TrainSection(Part):
     max_seconds: Annotated[
         float | None, Field(ge=0, description="train at most about so long per round; 0: no limit")
     ] = None
+    class_weights: Annotated[
+        str | None,
+        Field(description="rare classes weigh more in the loss: `balanced` or `effective:BETA`; empty: all alike"),
+    ] = None
+    sampling: Annotated[
+        str | None,
+        Field(
+            description="rare classes are seen more often: `over`, `under` or `balanced` (in each batch); empty: "
+            "all examples alike"
+        ),
+    ] = None
+    focal_gamma: Annotated[
+        float | None, Field(ge=0, le=20, description="gamma of the focal loss, for what is hard; 0: plain")
+    ] = None
+    augment: Annotated[
+        str | None,
+        Field(description="changes images at each step, as `shift:2,rotate:10,noise:0.1,cutout:8`; empty: never"),
+    ] = None
+    mixup: Annotated[
+        float | None, Field(ge=0, le=100, description="ALPHA of mixup: examples of a batch are mixed; 0: never")
+    ] = None
 
     def chosen(self) -> dict[str, Scalar]:
         """The keys that are set."""
@@ -363,6 +396,11 @@ class Config(Part):
     def run_dir(self) -> Path:
         return Path(self.run.dir)
 
+    def _sharing(self) -> dict[str, Scalar]:
+        """How a shipped task's data is shared out, as workers are told."""
+        told: dict[str, Scalar] = {"partition": self.data.partition, "participants": self.round.participants}
+        return told if self.data.imbalance == 1 else {**told, "imbalance": self.data.imbalance}
+
     def run_settings(self) -> RunSettings:
         """What the aggregator needs to know of this."""
         return RunSettings(
@@ -370,7 +408,7 @@ class Config(Part):
             federation=self.broker.federation,
             seed=self.run.seed,
             learning_task=self.task,
-            data={"partition": self.data.partition, "participants": self.round.participants},
+            data=self._sharing(),
             train=self.train.chosen(),
             round=self.round,
             stop=self.stop,

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from aggregator.history import RoundReport
-from broker.errors import StateError
+from fluffle.pictures import new_figure, save_picture
 from fluffle.results import by_round, headline
 
 METRIC_COLOUR = "#1f5fa8"
@@ -28,9 +27,7 @@ def draw_curve(
     """
     rounds = by_round(reports)
     metric = headline({name: value for report in rounds for name, value in report.metrics.items()}, metric)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = new_figure(8, 4.5)
     axes.set(title=title, xlabel="round", ylabel=metric)
     axes.grid(visible=True, alpha=0.3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -48,10 +45,7 @@ def draw_curve(
 
 def save_curve(figure: Figure, path: Path) -> None:
     """Writes the figure as PNG. Raises StateError if it cannot be written."""
-    try:
-        figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise StateError(f"{path}: the curve cannot be written: {error.strerror or error}") from None
+    save_picture(figure, path, "curve")
 
 
 def _plot(axes: Axes, rounds: Sequence[RoundReport], metric: str, colour: str) -> None:

@@ -16,12 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from aggregator.history import RoundReport
-from fluffle.results import headline
+from fluffle.results import headline, shown
 from fluffle.text import size_text
 
 WAITING = "waiting for participants"
 NOTICES = 3
 LINES_BELOW = 8  # what must stay free of the terminal's height for the rest of the picture
+MOST_METRICS = 4  # columns that fit beside the others
 COUNTS = ("accepted", "late", "rejected", "duplicate")
 LOGGED = ("run_id", "round", "attempt", "version", "cohort", *COUNTS, "duration_s", "bytes_up", "bytes_down")
 
@@ -85,7 +86,7 @@ class LogDisplay:
     def on_report(self, report: RoundReport) -> None:
         values = asdict(report)
         event = "round_closed" if report.work == "train" else "version_evaluated"
-        log.info(event, **{name: values[name] for name in LOGGED}, **report.metrics)
+        log.info(event, **{name: values[name] for name in LOGGED}, **shown(report.metrics))
 
     def on_notice(self, event: str, **fields: object) -> None:
         log.info(event, **fields)
@@ -116,7 +117,7 @@ class LiveDisplay:
         self._live.stop()
 
     def on_report(self, report: RoundReport) -> None:
-        self._metrics[report.round] = {**self._metrics.get(report.round, {}), **report.metrics}
+        self._metrics[report.round] = {**self._metrics.get(report.round, {}), **shown(report.metrics)}
         if report.work == "train":
             self._reports[report.round] = report
         self._progress.update(self._bar, completed=report.round, description="training")
@@ -143,7 +144,8 @@ class LiveDisplay:
     def _metric_names(self) -> list[str]:
         known = {name: 0.0 for metrics in self._metrics.values() for name in metrics}
         first = headline(known)
-        return sorted(known, key=lambda name: name != first)
+        ranked = sorted(known, key=lambda name: (name != first, not name.endswith("_worst_10")))
+        return ranked[:MOST_METRICS]
 
     def _cells(self, report: RoundReport, names: list[str]) -> list[str]:
         metrics = self._metrics[report.round]

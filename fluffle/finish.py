@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from aggregator.checkpoints import Checkpoints
-from aggregator.history import History
+from aggregator.history import History, RoundReport
 from broker.errors import StateError
 from broker.head import HeadRecord
 from fluffle.config import Config
-from fluffle.results import Result, build_result, to_json
+from fluffle.jobs import confusion_of
+from fluffle.results import Confusion, Result, build_result, to_json
 from fluffle.rundir import RunDir
 
 
 def finish(
     run: RunDir, config: Config, record: HeadRecord, wall_s: float, virtual_s: float | None = None
 ) -> Result:
-    """Writes `model.safetensors`, `result.json`, `curve.png`, and `best.safetensors` where another version is best.
+    """Writes `model.safetensors`, `result.json`, `curve.png`, `best.safetensors` where another version is best, and
+    `confusion.png` where the aggregator measures a classifier.
 
     Raises StateError if the disk refuses.
     """
@@ -27,13 +30,23 @@ def finish(
         reports = history.rounds(record.run_id)
     try:
         _copy_models(run, record)
+        confusion = confusion_of(config, run.model_file)
+        result |= {"confusion": confusion} if confusion else {}
         _replace(run.result_file, to_json(result).encode())
     except OSError as error:
         raise StateError(f"{run.path}: the result cannot be written: {error.strerror or error}") from None
-    from fluffle.curve import draw_curve, save_curve  # matplotlib takes its time
-
-    save_curve(draw_curve(reports, f"{config.task}, {config.strategy.name}"), run.curve_file)
+    _draw(run, f"{config.task}, {config.strategy.name}", reports, confusion)
     return result
+
+
+def _draw(run: RunDir, title: str, reports: Sequence[RoundReport], confusion: Confusion | None) -> None:
+    from fluffle.confusion import draw_confusion  # matplotlib takes its time
+    from fluffle.curve import draw_curve, save_curve
+    from fluffle.pictures import save_picture
+
+    save_curve(draw_curve(reports, title), run.curve_file)
+    if confusion:
+        save_picture(draw_confusion(confusion, title), run.confusion_file)
 
 
 def _copy_models(run: RunDir, record: HeadRecord) -> None:

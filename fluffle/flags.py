@@ -30,9 +30,10 @@ FEDERATION_FLAGS = (
 COMMON_FLAGS = (
     Flag("--rounds", "stop.rounds", "R", "Stop after this many rounds."),
     Flag("--participants", "round.participants", "N", "How many participants share the data."),
-    Flag("--partition", "data.partition", "HOW", "iid, dirichlet:ALPHA, shards:K or natural."),
+    Flag("--partition", "data.partition", "HOW", "iid, dirichlet:ALPHA, quantity:ALPHA, shards:K or natural."),
     Flag("--seed", "run.seed", "N", "Makes data split, initial model and training repeatable."),
 )
+DATA_FLAGS = tuple(flag for flag in COMMON_FLAGS if flag.setting != "stop.rounds")
 SIMULATION_FLAGS = (
     Flag("--virtual-time", "simulation.virtual_time", "", "The clock jumps over waits; trainings take --delay."),
     Flag(

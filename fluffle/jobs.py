@@ -11,12 +11,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aggregator.fairness import viewed, views_of
 from aggregator.job import Job
-from broker.errors import ConfigError
+from broker.errors import ConfigError, DataError, TaskError
 from broker.tensors import Arrays
 from broker.topology import AGGREGATOR
 from fluffle.config import Config, Defaults, Layer, taken_on_trust
+from fluffle.results import Confusion
 from fluffle.rundir import load_model
+from workers.classes import recalls
 from workers.task import LearningTask, is_learning_task
 from workers.tasks import find_object
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:  # brings torch
     from workers.torch_task import TaskDefinition
 
 FLTRUST = "fltrust"
-MEASURED = {"accuracy": {"loss", "accuracy"}, "rmse": {"loss", "rmse", "mae"}}
+MEASURED = {"accuracy": ("loss", "accuracy", "macro_f1", "macro_recall"), "rmse": ("loss", "rmse", "mae")}
 
 
 def run_defaults(*layers: Layer) -> Defaults:
@@ -65,6 +68,7 @@ def run_job(config: Config) -> Job:
     from fluffle.learning import shares_of
 
     check_metrics(config, task)
+    task.recipe(config.train.chosen())
     needed = config.evaluation.mode == "central" or config.strategy.name == FLTRUST
     return _task_job(config, task, shares_of(config, task).held_out if needed else None, initial)
 
@@ -84,10 +88,12 @@ def _task_job(config: Config, definition: TaskDefinition, held_out: Any, initial
 
 
 def check_metrics(config: Config, definition: TaskDefinition) -> None:
-    """Refuses to wait for a metric that nobody measures."""
-    measured = {"train_loss"} | (MEASURED[definition.metric] if config.evaluation.mode != "none" else set())
+    """Refuses to wait for a metric that nobody measures, with those that somebody does."""
     target = config.stop.target_metric.partition(":")[0]
     judged = config.evaluation.metric or (definition.metric if config.stop.patience else "")
+    measured = _measured(config, definition, judged or definition.metric)
+    if {target, judged} - {"", *measured}:
+        measured += _recalls(config, definition)
     for setting, name in (
         ("stop.target_metric", target),
         ("evaluation.metric, which stop.patience needs,", judged),
@@ -95,13 +101,45 @@ def check_metrics(config: Config, definition: TaskDefinition) -> None:
         if name and name not in measured:
             raise ConfigError(
                 f"{setting} is {name!r}, which task {definition.name!r} does not measure with evaluation.mode = "
-                f"{config.evaluation.mode}: it measures {', '.join(sorted(measured))}"
+                f"{config.evaluation.mode}: it measures {', '.join(measured)}"
             )
+
+
+def _measured(config: Config, definition: TaskDefinition, judged: str) -> list[str]:
+    """The metrics that a run's versions have. Fairness is that of the metric which judges them."""
+    mode = config.evaluation.mode
+    names = MEASURED[definition.metric] if mode != "none" else ()
+    is_viewed = mode == "federated" and viewed(judged) in names
+    return ["train_loss", *names, *(views_of(viewed(judged)) if is_viewed else ())]
+
+
+def _recalls(config: Config, definition: TaskDefinition) -> list[str]:
+    """Which classes have a metric of their own, found by measuring the initial model."""
+    from fluffle.learning import evaluate
+
+    if config.evaluation.mode != "central" or definition.metric != "accuracy":
+        return []
+    return list(recalls(evaluate(definition, definition.bind().initial()).confusion))
+
+
+def confusion_of(config: Config, model: Path) -> Confusion | None:
+    """Which classes the model takes for which, on the aggregator's held-out data; None if nobody can tell: for
+    measured values, for participants' data, or for a model that diverged."""
+    if config.evaluation.mode != "central" or not model.exists() or _is_plain(task := _task_named(config.task)):
+        return None
+    from fluffle.learning import evaluate
+
+    try:
+        found = evaluate(task, load_model(model)).confusion
+    except (TaskError, DataError):
+        return None
+    return None if found is None else found.tolist()
 
 
 def _job(config: Config, judge: LearningTask, initial: Any, metric: str) -> Job:
     def evaluate(arrays: Arrays) -> dict[str, float]:
-        return judge.evaluate(arrays).metrics
+        found = judge.evaluate(arrays)
+        return {**found.metrics, **recalls(found.confusion)}
 
     return Job(
         settings=config.run_settings(),

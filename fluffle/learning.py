@@ -61,6 +61,7 @@ def shares_of(config: Config, definition: TaskDefinition) -> Shares:
         seed=config.run.seed,
         held_out=definition.held_out,
         split_seed=definition.seed,
+        imbalance=config.data.imbalance,
     )
     return share_out(load_data(definition), plan)
 

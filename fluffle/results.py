@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aggregator.fairness import VIEWS, viewed
 from aggregator.history import History, RoundReport
 from aggregator.progress import improves, parse_target
 from broker.head import HeadRecord
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # brings torch
     from fluffle.baselines import BaselineResult, LocalResult
 
 Result = dict[str, Any]
+Confusion = Sequence[Sequence[int]]  # a row for each true class, a column for each predicted one
 HEADLINES = ("accuracy", "rmse")
 
 
@@ -28,7 +30,7 @@ def build_result(
 ) -> Result:
     """One finished run as plain data. Bytes and updates are summed over all rounds."""
     reports = history.rounds(record.run_id)
-    return {
+    result = {
         "run_id": record.run_id,
         "task": config.task,
         "strategy": config.strategy.name,
@@ -45,6 +47,7 @@ def build_result(
         "model_sha256": record.model.sha256 if record.model else "",
         "why_finished": record.finished,
     }
+    return result | ({"fairness": views} if (views := fairness_of(record.metrics)) else {})
 
 
 def target_of(config: Config, reports: Sequence[RoundReport], started: float) -> Result | None:
@@ -103,6 +106,26 @@ def by_round(reports: Sequence[RoundReport]) -> list[RoundReport]:
         for report in reports
         if report.work == "train"
     ]
+
+
+def fairness_of(metrics: Mapping[str, float]) -> dict[str, str | float]:
+    """The `metric` that was looked at over participants, and its views; nothing without federated evaluation."""
+    metric = next((name for name in metrics if f"{name}_worst_10" in metrics), "")
+    views = {view: metrics[f"{metric}_{view}"] for view in VIEWS if f"{metric}_{view}" in metrics}
+    return {"metric": metric, **views} if metric else {}
+
+
+def shown(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics for a line or a row: of single classes and of the fairness views only the worst tenth."""
+    return {name: value for name, value in metrics.items() if not (_is_of_class(name) or _is_view(name, metrics))}
+
+
+def _is_of_class(name: str) -> bool:
+    return name.startswith("recall_")
+
+
+def _is_view(name: str, metrics: Mapping[str, float]) -> bool:
+    return viewed(name) != name and f"{viewed(name)}_worst_10" in metrics and not name.endswith("_worst_10")
 
 
 def headline(metrics: Mapping[str, float], wanted: str = "") -> str:

@@ -52,6 +52,10 @@ class RunDir:
         return self.path / "curve.png"
 
     @property
+    def confusion_file(self) -> Path:
+        return self.path / "confusion.png"
+
+    @property
     def result_file(self) -> Path:
         return self.path / "result.json"
 
@@ -61,6 +65,7 @@ class RunDir:
             "model": self.model_file,
             "best": self.best_file,
             "curve": self.curve_file,
+            "confusion": self.confusion_file,
             "result": self.result_file,
             "history": self.history_file,
             "settings": self.config_file,

@@ -96,12 +96,12 @@ def plan_simulation(config: Config) -> Plan:
     make_strategy(config.run_settings().combining, config.round)
     check_training(config.strategy.name, config.train.chosen(), config.round)
     definition = find_task(config.task)
-    definition.recipe(config.train.chosen())
     check_metrics(config, definition)
     store = keepers_store(config.store)
     if store is None and config.broker.url == "memory":
         store = OwnMemory()
     shares = shares_of(config, definition)
+    definition.recipe(config.train.chosen(), shares.train.x.shape[1:])
     habits = habits_of(config, [shard.name for shard in shares.shards])
     config = _in_step(config, habits) if habits else config
     return Plan(config, definition, shares, _broker(config), store, attacks_of(config, shares), habits)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aggregator.history import History, RoundReport
-from fluffle.results import Result, by_round, headline
+from fluffle.results import Confusion, Result, by_round, headline, shown
 from fluffle.rundir import RunDir
 
+MOST_SHOWN = 20  # classes, or pairs of them
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -22,7 +23,7 @@ def summary(result: Result, run: RunDir) -> str:
         f"\n{result['task']} is finished ({result['why_finished'] or 'stopped'}): "
         f"version {result['model_version']} after {result['rounds']} rounds in {result['wall_s']:.1f} s"
         f"{virtual}\n"
-        f"  {metrics_text(result['metrics']) or 'not evaluated'}\n"
+        f"  {metrics_text(result['metrics']) or 'not evaluated'}\n{fairness_text(result)}"
         f"  updates: {updates}; {sizes}\n{target_text(result['target'])}\n{files}\n"
         f"next: fluffle runs show {run.path}    fluffle evaluate {run.path}    fluffle central {result['task']}\n"
     )
@@ -55,8 +56,39 @@ def duration_text(seconds: float) -> str:
 
 def metrics_text(metrics: Mapping[str, float]) -> str:
     """`accuracy 0.9012, loss 0.3456`, the headline first."""
-    first = headline(metrics)
-    return ", ".join(f"{name} {metrics[name]:.4g}" for name in sorted(metrics, key=lambda name: name != first))
+    first, told = headline(metrics), shown(metrics)
+    return ", ".join(f"{name} {told[name]:.4g}" for name in sorted(told, key=lambda name: name != first))
+
+
+def fairness_text(result: Result) -> str:
+    """How evenly the model serves the participants, if they measured it."""
+    if not (views := result.get("fairness")):
+        return ""
+    words = ", ".join(
+        f"{view.replace('worst_10', 'worst 10%')} {views[view]:.4g}" for view in views if view != "metric"
+    )
+    return f"  {views['metric']} over participants: {words}\n"
+
+
+def confusion_text(confusion: Confusion) -> str:
+    """Counts with each class's recall; with many classes only the pairs that are mistaken most often."""
+    if len(confusion) > MOST_SHOWN:
+        return _worst_pairs(confusion)
+    head = ("TRUE \\ PREDICTED", *range(len(confusion)), "RECALL")
+    rows = [(c, *row, f"{row[c] / sum(row):.3f}" if sum(row) else "") for c, row in enumerate(confusion)]
+    return columns([head, *rows])
+
+
+def _worst_pairs(confusion: Confusion) -> str:
+    found = [
+        (count, true, predicted)
+        for true, row in enumerate(confusion)
+        for predicted, count in enumerate(row)
+        if count and true != predicted
+    ]
+    found.sort(key=lambda pair: -pair[0])
+    rows = [(true, predicted, count) for count, true, predicted in found[:MOST_SHOWN]]
+    return columns([("TRUE", "PREDICTED", "EXAMPLES"), *rows])
 
 
 def size_text(size: float) -> str:
@@ -96,7 +128,7 @@ def run_page(run: RunDir) -> str:
     """All of `fluffle runs show`."""
     config = run.config()
     reports = _reports(run, config.run.id)
-    names = sorted({name for report in reports for name in report.metrics})
+    names = sorted({name for report in reports for name in shown(report.metrics)})
     rows = [
         (
             *(r.round, r.attempt, r.accepted, r.late, r.rejected, r.duplicate, f"{r.duration_s:.2f}"),
@@ -106,7 +138,16 @@ def run_page(run: RunDir) -> str:
     ]
     head = ("ROUND", "ATTEMPT", "ACCEPTED", "LATE", "REJECTED", "DUPLICATE", "SECONDS", *map(str.upper, names))
     files = columns([(name, path) for name, path in run.artefacts().items() if path.exists()])
-    return f"{config.run.id}: {config.task}, {config.strategy.name}\n\n{columns([head, *rows])}\n{files}"
+    title = f"{config.run.id}: {config.task}, {config.strategy.name}"
+    return f"{title}\n\n{columns([head, *rows])}\n{_measured(run)}{files}"
+
+
+def _measured(run: RunDir) -> str:
+    """What a finished run's last evaluation says beyond its metrics."""
+    result = run.result() if run.result_file.exists() else {}
+    confusion = result.get("confusion", ())
+    parts = (fairness_text(result).lstrip(), confusion_text(confusion) if confusion else "")
+    return "".join(f"{part}\n" for part in parts if part)
 
 
 def _reports(run: RunDir, run_id: str) -> list[RoundReport]:

@@ -129,7 +129,10 @@ def _share(definition: TaskDefinition, told: TrainRound, participant: str) -> Sh
             f"the run does not say how the data of task {definition.name!r} is shared out: set data.partition and "
             "round.participants for the aggregator, or start the worker with --data all or --data FILE"
         )
-    plan = Plan(participants, partition, told.seed, definition.held_out, definition.seed)
+    imbalance = told.data.get("imbalance", 1.0)
+    if not isinstance(imbalance, int | float):
+        raise ConfigError(f"the run says data.imbalance = {imbalance!r}, which is no number")
+    plan = Plan(participants, partition, told.seed, definition.held_out, definition.seed, imbalance)
     shards = {shard.name: shard for shard in share_out(load_data(definition), plan).shards}
     if participant not in shards:
         names = ", ".join(list(shards)[:10])

@@ -1,7 +1,8 @@
 """Sharing one data set out among participants, as experiments need it. Pure: the same seed, the same shards.
 
 `iid` mixes well; `dirichlet:ALPHA` skews the labels (Hsu, Qi and Brown 2019; small ALPHA, strong skew);
-`shards:K` sorts by label and deals K pieces to each (McMahan et al. 2017); `natural` keeps each group whole.
+`quantity:ALPHA` skews the sizes and mixes the labels (Li, Diao, Chen and He 2022); `shards:K` sorts by label and
+deals K pieces to each (McMahan et al. 2017); `natural` keeps each group whole.
 
 Held-out examples are chosen first, by a seed of their own, then all examples are dealt out: a participant
 evaluates on the held-out examples among its own, and the union of those is the test set for central
@@ -20,24 +21,33 @@ from numpy.typing import NDArray
 
 from broker.errors import ConfigError, DataError
 from broker.topology import PARTICIPANT
-from workers.data import Dataset, Indices, held_out_mask
+from workers.data import Dataset, Indices, Mask, held_out_mask
 
-FORMS = "iid, dirichlet:ALPHA (ALPHA > 0, such as dirichlet:0.5), shards:K (K >= 1, such as shards:2), natural"
+FORMS = (
+    "iid, dirichlet:ALPHA (ALPHA > 0, such as dirichlet:0.5), quantity:ALPHA (ALPHA > 0, such as quantity:0.5), "
+    "shards:K (K >= 1, such as shards:2), natural"
+)
 LEAST_EXAMPLES = 10
 DIRICHLET_TRIES = 1000
+THIN = 2  # tells which examples are left out from how the others are dealt
 DEAL = 1  # keeps dealing apart from holding out: under one seed both would draw the same permutation
 FLOAT = r"\d+(?:\.\d+)?(?:e-?\d+)?"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a data set is shared out. `seed` deals the examples; `held_out` and `split_seed` choose the test set."""
+    """How a data set is shared out. `seed` deals the examples; `held_out` and `split_seed` choose the test set.
+
+    `imbalance` above 1 thins the classes of the training examples first: the first class has so many times as many
+    as the last, and those between fall off exponentially (Cao et al., 2019). The test set stays as it is.
+    """
 
     participants: int = 10
     partition: str = "iid"
     seed: int = 42
     held_out: float = 0.2
     split_seed: int = 42
+    imbalance: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +71,9 @@ class Shares:
 def share_out(dataset: Dataset, plan: Plan) -> Shares:
     """Everybody's training and held-out examples. Raises ConfigError or DataError with the remedy."""
     mask = held_out_mask(dataset, plan.held_out, plan.split_seed)
+    if plan.imbalance != 1:
+        kept = mask | thinned(dataset, ~mask, plan.imbalance, np.random.default_rng([THIN, plan.seed]))
+        dataset, mask = dataset.take(kept), mask[kept]
     owners = _assign(dataset, plan.partition, plan.participants, plan.seed)
     shards = tuple(
         Shard(name, dataset.take(rows[~mask[rows]]), dataset.take(rows[mask[rows]]))
@@ -73,6 +86,24 @@ def share_out(dataset: Dataset, plan: Plan) -> Shares:
                 f"{len(shard.held_out)} held-out examples: use fewer participants, less skew or another seed"
             )
     return Shares(dataset.take(~mask), dataset.take(mask), shards)
+
+
+def thinned(dataset: Dataset, among: Mask, factor: float, rng: Generator) -> Mask:
+    """Which of these examples stay so that class i of k has factor^(-i / (k - 1)) times those of the first, and as
+    many as there can be. Raises ConfigError for measured targets or a factor below 1, DataError for one class."""
+    if not np.issubdtype(dataset.y.dtype, np.integer) or not 1 <= factor < float("inf"):
+        raise ConfigError(
+            f"data.imbalance = {factor:g} for data set {dataset.name!r}: use 1 or more, for class labels only"
+        )
+    by_class = [np.flatnonzero(among & (dataset.y == label)) for label in np.unique(dataset.y[among])]
+    if len(by_class) < 2:
+        raise DataError(f"data set {dataset.name!r} has one class only: set data.imbalance = 1")
+    share = factor ** -(np.arange(len(by_class)) / (len(by_class) - 1))
+    most = min(len(rows) / part for rows, part in zip(by_class, share, strict=True))
+    stays = np.zeros(len(dataset), dtype=np.bool_)
+    for rows, part in zip(by_class, share, strict=True):
+        stays[rng.permutation(rows)[: max(1, round(most * part))]] = True
+    return stays
 
 
 def partition(dataset: Dataset, spec: str, participants: int, seed: int) -> list[Dataset]:
@@ -116,6 +147,8 @@ def _parse(spec: str) -> Deal:
         return _natural
     if (match := re.fullmatch(f"dirichlet:({FLOAT})", spec)) and 0 < (alpha := float(match[1])) < float("inf"):
         return lambda dataset, n, rng: _dirichlet(dataset, n, rng, alpha)
+    if (match := re.fullmatch(f"quantity:({FLOAT})", spec)) and 0 < (alpha := float(match[1])) < float("inf"):
+        return lambda dataset, n, rng: _quantity(dataset, n, rng, alpha)
     if (match := re.fullmatch(r"shards:(\d{1,6})", spec)) and (each := int(match[1])):
         return lambda dataset, n, rng: _shards(dataset, n, rng, each)
     raise ConfigError(f"partition {spec!r} is not one of: {FORMS}")
@@ -151,6 +184,19 @@ def _dirichlet(dataset: Dataset, participants: int, rng: Generator, alpha: float
             return [np.flatnonzero(owner == number) for number in range(participants)]
     raise DataError(
         f"data set {dataset.name!r}: in {DIRICHLET_TRIES} draws of dirichlet:{alpha:g} somebody among "
+        f"{participants} participants got fewer than {least} examples: use fewer participants or a larger ALPHA"
+    )
+
+
+def _quantity(dataset: Dataset, participants: int, rng: Generator, alpha: float) -> list[Indices]:
+    """Draws everybody's share until each has enough examples, and deals them well mixed."""
+    least = min(LEAST_EXAMPLES, len(dataset) // participants)
+    for _ in range(DIRICHLET_TRIES):
+        ends = np.rint(np.cumsum(rng.dirichlet(np.full(participants, alpha))) * len(dataset)).astype(np.intp)
+        if np.diff(ends, prepend=0).min() >= least:
+            return np.split(rng.permutation(len(dataset)), ends[:-1])
+    raise DataError(
+        f"data set {dataset.name!r}: in {DIRICHLET_TRIES} draws of quantity:{alpha:g} somebody among "
         f"{participants} participants got fewer than {least} examples: use fewer participants or a larger ALPHA"
     )
 

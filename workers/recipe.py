@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from broker.errors import ConfigError
+from workers.augment import Augment
+from workers.imbalance import check_sampling, check_weights
 from workers.task import Scalar
 
 SGD, ADAMW = "sgd", "adamw"
+REMEDIES = ("class_weights", "sampling", "focal_gamma", "augment", "mixup")
 LARGEST = 1e6  # what float32 can still multiply by
 
 
@@ -23,6 +26,8 @@ class Recipe:
     et al., 2020). `optimiser` "adamw" takes AdamW's steps, with `beta_1`, `beta_2`, `eps` and `weight_decay`, and
     goes on from round to round (`optimisers.py`). `max_steps` and `max_seconds` end local training early, after at
     least one step; 0 is no limit.
+
+    `REMEDIES` are off by default: against classes of unequal size (`imbalance.py`) and too few examples.
     """
 
     lr: float = 0.1
@@ -38,6 +43,11 @@ class Recipe:
     beta_2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01
+    class_weights: str = ""
+    sampling: str = ""
+    focal_gamma: float = 0.0
+    augment: str = ""
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         _demand("lr", self.lr, f"above 0 and at most {LARGEST:g}", fits=0 < self.lr <= LARGEST)
@@ -59,6 +69,19 @@ class Recipe:
         _demand("eps", self.eps, "above 0 and at most 1", fits=0 < self.eps <= 1)
         _demand("weight_decay", self.weight_decay, "0 to 1 / train.lr", fits=0 <= self.weight_decay * self.lr < 1)
         _demand("max_seconds", self.max_seconds, "0 (no limit) or more", fits=0 <= self.max_seconds < math.inf)
+        _demand("focal_gamma", self.focal_gamma, "0 (off) to 20", fits=0 <= self.focal_gamma <= 20)
+        _demand("mixup", self.mixup, "0 (off) to 100", fits=0 <= self.mixup <= 100)
+        if self.class_weights:
+            check_weights(self.class_weights)
+        if self.sampling:
+            check_sampling(self.sampling)
+        if self.augment:
+            Augment.parsed(self.augment)
+
+    @property
+    def remedies(self) -> tuple[str, ...]:
+        """The names of those that are on."""
+        return tuple(name for name in REMEDIES if getattr(self, name))
 
     def effective_steps(self, steps: int) -> float:
         """What a constant gradient of 1 moves the parameters by in so many steps, in units of `lr`: `steps`, more

@@ -20,10 +20,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, vmap
 
 from broker.errors import TaskError
+from workers.lesson import Loss
 from workers.modules import load_arrays, seeded
 from workers.recipe import Recipe
 from workers.task import Arrays, TrainResult, WorkAbandoned
-from workers.torch_task import Loss, Rows, TaskDefinition, TorchTask, batches
+from workers.torch_task import Rows, TaskDefinition, TorchTask, batches
 
 TOLERANCE = 1e-4  # of the largest gradient; rounding in float32 is about a hundredth of that
 
@@ -149,6 +150,8 @@ def train_side_by_side(fit: Fit, members: Sequence[Member], work: Work) -> list[
 def try_out(task: TorchTask, chosen: Recipe) -> Fit:
     """One step's gradients of the initial model, alone and side by side, in a batch that is whole and one that is
     padded. Raises Unstackable if they differ, or if it cannot be done."""
+    if chosen.remedies:
+        raise Unstackable(f"{', '.join(f'train.{name}' for name in chosen.remedies)} is for each participant alone")
     try:
         load_arrays(task.module, task.initial())
         task.module.train()

@@ -72,10 +72,15 @@ class TrainResult:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Metrics as means over `num_examples` held-out examples."""
+    """Metrics as means over `num_examples` held-out examples.
+
+    `confusion` (classes, classes) counts examples: a row for each true class, a column for each predicted one. It
+    stays where it was made: a participant sends its metrics only.
+    """
 
     metrics: dict[str, float]
     num_examples: int
+    confusion: NDArray[np.int64] | None = field(default=None, compare=False)
 
 
 @runtime_checkable

@@ -20,7 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from broker.errors import ConfigError, DataError, TaskError
+from workers.augment import IMAGE_DIMENSIONS, Augment
+from workers.classes import Tally, tally
 from workers.data import Dataset
+from workers.imbalance import class_weights, resampled
+from workers.lesson import Lesson, Loss, weighted_cross_entropy
 from workers.modules import arrays_of, build, load_arrays, seeded, views
 from workers.optimisers import optimiser
 from workers.preprocess import Preprocess, PreprocessReport, prepare
@@ -28,7 +32,7 @@ from workers.recipe import Recipe, recipe
 from workers.scaler import STATISTICS_ROUND, FederatedScaler, local_moments
 from workers.task import Arrays, Evaluation, Scalar, TrainConfig, TrainResult, WorkAbandoned
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+LESSON_DRAWS = 4  # tells a lesson's random numbers from those that shuffle
 CHUNK_ROWS = 2048  # most examples in one pass through the model, so that full batches fit into memory
 
 
@@ -39,9 +43,9 @@ class TaskDefinition:
     `model` makes the module; its parameters and buffers travel under their `state_dict` names. `load` gets the
     whole data set; if it takes an argument, that is what `site.data` says: where one participant's own is.
     `loss` is "cross-entropy", "mse" or a function of (outputs, targets) that gives the mean over the examples as
-    a scalar. `metric` "accuracy" adds accuracy to evaluations, "rmse" adds rmse and mae. `defaults` are training
-    settings (see `Recipe`). `held_out` is the share of examples nobody trains on; `seed` draws the initial model
-    and the held-out examples.
+    a scalar. `metric` "accuracy" adds accuracy, macro_f1 and macro_recall to evaluations, "rmse" rmse and mae.
+    `defaults` are training settings (see `Recipe`). `held_out` is the share of examples nobody trains on; `seed`
+    draws the initial model and the held-out examples.
     """
 
     name: str
@@ -55,9 +59,24 @@ class TaskDefinition:
     held_out: float = 0.2
     seed: int = 42
 
-    def recipe(self, settings: Mapping[str, Scalar]) -> Recipe:
-        """The defaults with these settings over them. Raises ConfigError for one that cannot work."""
-        return recipe({**self.defaults, **settings})
+    def recipe(self, settings: Mapping[str, Scalar], inputs: tuple[int, ...] | None = None) -> Recipe:
+        """The defaults with these settings over them. Raises ConfigError for one that cannot work, also for
+        examples of the shape `inputs` if that is known."""
+        chosen = recipe({**self.defaults, **settings})
+        for name in chosen.remedies:
+            if needs := self._lacks(name, inputs):
+                raise ConfigError(f"setting train.{name} needs {needs}: leave it out for task {self.name!r}")
+        return chosen
+
+    def _lacks(self, remedy: str, inputs: tuple[int, ...] | None) -> str:
+        """What this task would have to be for a remedy; nothing if it is that."""
+        if remedy in ("class_weights", "focal_gamma") and self.loss != "cross-entropy":
+            return "classes and the loss 'cross-entropy'"
+        if remedy == "sampling" and self.metric != "accuracy":
+            return "classes, and the targets are measured numbers"
+        if remedy == "augment" and inputs is not None and len(inputs) not in IMAGE_DIMENSIONS:
+            return f"images, (height, width) or (channels, height, width), and examples have the shape {inputs}"
+        return ""
 
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"
@@ -97,16 +116,16 @@ class TorchTask:
 
         The L2 penalty is l2 / 2 * ||w||^2 over parameters with two or more dimensions: weights, not biases or
         norm layers. The proximal term is mu / 2 * ||w - x||^2 over all parameters, x as they came in. The metric
-        `loss` is the mean loss without both, before each step. Raises TaskError if the arrays do not fit or the
-        loss is not finite, and WorkAbandoned when told to stop.
+        `loss` is the mean loss without both, but as the remedies make it, before each step. Raises TaskError if the
+        arrays do not fit or the loss is not finite, and WorkAbandoned when told to stop.
         """
         self._demand_rows()
-        chosen = self.definition.recipe(config.settings)
+        chosen = self.definition.recipe(config.settings, tuple(self.rows.x.shape[1:]))
         load_arrays(self.module, arrays)
         self.module.train()
         with seeded(config.seed):
             if config.wants == "gradient":
-                return self._gradient(chosen)
+                return self._gradient(chosen, config.seed)
             start_loss = self._start_loss() if config.wants == "delta+loss" else None
             result = self._descend(chosen, config) if self.descends(config) else self._statistics()
             return replace(result, start_loss=start_loss)
@@ -115,7 +134,7 @@ class TorchTask:
         """The mean loss over all local examples, without penalty, of the module as it is."""
         self.module.eval()
         with torch.inference_mode():
-            loss = self._measure(self.rows)["loss"]
+            loss = self._measure(self.rows).metrics["loss"]
         self.module.train()
         return loss
 
@@ -136,7 +155,8 @@ class TorchTask:
         return config.wants != "gradient" and not in_statistics
 
     def evaluate(self, arrays: Arrays) -> Evaluation:
-        """Means over the held-out examples: loss (without penalty), and accuracy or mae; and rmse.
+        """Means over the held-out examples: loss (without penalty), and accuracy or mae; and rmse, or what the
+        mistakes come to class by class (`classes.py`).
 
         Raises TaskError if there are none, the arrays do not fit, or a metric is not finite.
         """
@@ -148,7 +168,7 @@ class TorchTask:
         load_arrays(self.module, arrays)
         self.module.eval()
         with torch.inference_mode():
-            return Evaluation(self._measure(self._held_out), len(self._held_out))
+            return self._measure(self._held_out)
 
     def _demand_rows(self) -> None:
         if not self.num_examples:
@@ -160,10 +180,11 @@ class TorchTask:
         origin = _origin(self.module, config) if chosen.mu else {}
         correction = {name: torch.from_numpy(array) for name, array in config.correction.items()}
         began = config.clock()
-        for batch in batches(self.num_examples, chosen, config.seed):
+        lesson = self._lesson(chosen, config.seed)
+        for batch in batches(self.num_examples, chosen, config.seed, self.rows.y):
             if config.should_stop():
                 raise WorkAbandoned(f"task {self.name!r}: told to stop after {len(losses)} steps")
-            losses.append((self.backward(batch, chosen), len(batch)))
+            losses.append((self.backward(batch, chosen, lesson), len(batch)))
             _pull_back(self.module, chosen.mu, origin)
             _correct(self.module, correction)
             steps.step(self.module)
@@ -186,14 +207,36 @@ class TorchTask:
             step_sum=chosen.lr * len(losses), buffers=self._buffers,
         )  # fmt: skip
 
-    def _gradient(self, chosen: Recipe) -> TrainResult:
+    def _lesson(self, chosen: Recipe, seed: int) -> Lesson | None:
+        """How the remedies show examples; None if plainly."""
+        if not set(chosen.remedies) - {"sampling"}:
+            return None
+        loss = self._loss
+        if chosen.class_weights or chosen.focal_gamma:
+            form, labels = chosen.class_weights, self.rows.y.numpy()
+            weights = torch.from_numpy(class_weights(labels, form)) if form else None
+            loss = weighted_cross_entropy(weights, chosen.focal_gamma)
+        augment = Augment.parsed(chosen.augment) if chosen.augment else None
+        return Lesson(loss, np.random.default_rng([seed, LESSON_DRAWS]), augment, chosen.mixup)
+
+    @property
+    def _loss(self) -> Loss:
+        chosen = self.definition.loss
+        return LOSSES[chosen] if isinstance(chosen, str) else chosen
+
+    def _gradient(self, chosen: Recipe, seed: int) -> TrainResult:
         """The mean gradient over all local examples with the penalty's; zeros for buffers."""
+        if chosen.sampling:
+            raise TaskError(
+                f"task {self.name!r}: train.sampling chooses the examples of steps, but a gradient is that of all: "
+                "use train.class_weights, or a strategy that sends models (fedavg)"
+            )
         if self._scaler_name() is not None:
             raise TaskError(
                 f"task {self.name!r} standardises with federated statistics, which travel as model arrays and not "
                 "as gradients: use a strategy that sends models (fedavg), or a fixed preprocess.reference"
             )
-        loss = self.backward(torch.arange(self.num_examples), chosen)
+        loss = self.backward(torch.arange(self.num_examples), chosen, self._lesson(chosen, seed))
         gradients = {name: np.zeros_like(array) for name, array in views(self.module).items()}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if parameter.grad is not None:
@@ -207,7 +250,7 @@ class TorchTask:
             arrays[f"{scaler}{name}"] = moment
         self.module.eval()
         with torch.inference_mode():
-            loss = self._measure(self.rows)["loss"]
+            loss = self._measure(self.rows).metrics["loss"]
         return TrainResult(
             arrays, self.num_examples, {"loss": loss}, effective_steps=1.0, step_sum=math.inf, buffers=self._buffers
         )
@@ -225,13 +268,15 @@ class TorchTask:
                 return f"{name}." if name else ""
         return None
 
-    def backward(self, batch: Tensor, chosen: Recipe) -> float:
+    def backward(self, batch: Tensor, chosen: Recipe, lesson: Lesson | None = None) -> float:
         """Leaves the gradient of the mean loss over these examples, with the penalty's, in the module; returns
         that loss. Raises TaskError if it is not finite."""
         self.module.zero_grad()
         total = 0.0
         for chunk in torch.split(batch, CHUNK_ROWS):
-            _, loss = self._forward(self.rows.x[chunk], self.rows.y[chunk])
+            x, y = self.rows.x[chunk], self.rows.y[chunk]
+            x, function = (x, None) if lesson is None else lesson(x)
+            _, loss = self._forward(x, y, function)
             share = loss * (len(chunk) / len(batch))
             share.backward()  # type: ignore[no-untyped-call]
             total += share.item()
@@ -240,10 +285,10 @@ class TorchTask:
         _add_penalty(self.module, chosen.l2)
         return total
 
-    def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs and mean loss. Raises TaskError, with shapes, for whatever goes wrong in the user's code."""
-        chosen = self.definition.loss
-        function = LOSSES[chosen] if isinstance(chosen, str) else chosen
+    def _forward(self, x: Tensor, y: Tensor, function: Loss | None = None) -> tuple[Tensor, Tensor]:
+        """Outputs and mean loss, by the definition's or another function. Raises TaskError, with shapes, for
+        whatever goes wrong in the user's code."""
+        function = function or self._loss
         with self._failures_named(x, y):
             outputs = self.module(x)
             loss = function(outputs, y)
@@ -261,19 +306,24 @@ class TorchTask:
                 f"targets {tuple(y.shape)} {y.dtype}: {error}"
             ) from error
 
-    def _measure(self, rows: Rows) -> dict[str, float]:
+    def _measure(self, rows: Rows) -> Evaluation:
         parts: list[tuple[dict[str, float], int]] = []
+        mistakes: Tally | None = None
         for x, y in zip(torch.split(rows.x, CHUNK_ROWS), torch.split(rows.y, CHUNK_ROWS), strict=True):
             outputs, loss = self._forward(x, y)
             with self._failures_named(x, y):
                 metrics = METRICS[self.definition.metric](outputs, y)
+                if self.definition.metric == "accuracy":
+                    found = _tally(outputs, y)
+                    mistakes = found if mistakes is None else mistakes + found
             parts.append(({"loss": loss.item(), **metrics}, len(x)))
         means = {name: math.fsum(part[name] * n for part, n in parts) / len(rows) for name in parts[0][0]}
         if "mse" in means:
             means["rmse"] = math.sqrt(means.pop("mse"))
+        means |= mistakes.metrics() if mistakes is not None else {}
         if bad := [name for name, value in means.items() if not math.isfinite(value)]:
             raise TaskError(f"task {self.name!r}: {', '.join(bad)} not finite: the model diverged, lower train.lr")
-        return means
+        return Evaluation(means, len(rows), None if mistakes is None else mistakes.confusion)
 
     def _diverged(self, what: str, chosen: Recipe) -> TaskError:
         return TaskError(
@@ -313,6 +363,10 @@ def _accuracy(outputs: Tensor, targets: Tensor) -> dict[str, float]:
     return {"accuracy": (outputs.argmax(dim=1) == targets).double().mean().item()}
 
 
+def _tally(outputs: Tensor, targets: Tensor) -> Tally:
+    return tally(targets.long().numpy(), outputs.argmax(dim=1).numpy(), outputs.shape[1])
+
+
 def _errors(outputs: Tensor, targets: Tensor) -> dict[str, float]:
     error = (outputs.reshape(targets.shape) - targets).double()
     return {"mse": error.square().mean().item(), "mae": error.abs().mean().item()}
@@ -322,14 +376,18 @@ LOSSES: Mapping[str, Loss] = {"cross-entropy": _cross_entropy, "mse": _mse}
 METRICS: Mapping[str, Callable[[Tensor, Tensor], dict[str, float]]] = {"accuracy": _accuracy, "rmse": _errors}
 
 
-def batches(examples: int, chosen: Recipe, seed: int) -> Iterator[Tensor]:
-    """Indices of each step's examples: shuffled anew each local epoch, or all in order for a full batch."""
+def batches(examples: int, chosen: Recipe, seed: int, labels: Tensor | None = None) -> Iterator[Tensor]:
+    """Indices of each step's examples: shuffled anew each local epoch, or all in order for a full batch; or as
+    `chosen.sampling` draws them by their labels."""
     rng = np.random.default_rng(seed)
     size = chosen.batch_size or examples
     steps = 0
     for _ in range(chosen.local_epochs):
-        order = np.arange(examples) if size >= examples else rng.permutation(examples)
-        for batch in torch.split(torch.from_numpy(order), size):
+        if chosen.sampling and labels is not None:
+            order = resampled(labels.numpy(), chosen.sampling, rng)
+        else:
+            order = np.arange(examples) if size >= examples else rng.permutation(examples)
+        for batch in torch.split(torch.from_numpy(order), chosen.batch_size or len(order)):
             yield batch
             steps += 1
             if steps == chosen.max_steps:

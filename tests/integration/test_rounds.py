@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from aggregator.fairness import views_of
 from aggregator.job import Surroundings
 from aggregator.registry import sample
 from aggregator.settings import RunSettings
@@ -456,10 +457,23 @@ async def test_participants_measure_each_version_on_their_own_data(
     model = await model_of(federation, head)
     losses = [task.evaluate(model).metrics["loss"] for task in federation.tasks.values()]
     assert head.metrics["loss"] == pytest.approx(sum(losses) / 3)
+    views = [head.metrics[name] for name in views_of("loss")]
+    assert views == pytest.approx([sum(losses) / 3, max(losses), np.std(losses), min(losses), max(losses)])
     assert head.best
     assert head.best.round in (2, 4)
     assert digest(head) == undisturbed
     assert head.metrics["train_loss"] == federation.reports[-2].metrics["train_loss"]
+
+
+async def test_a_metric_that_nobody_measured_is_told(federation: Federation) -> None:
+    notices: list[tuple[str, Mapping[str, object]]] = []
+    around = Surroundings(on_notice=lambda event, fields: notices.append((event, fields)))
+    run = settings(3, rounds=2, evaluation={"mode": "federated", "every": 2})
+    head = await federation.run(run, around=around, metric="dice")
+    assert [fields for event, fields in notices if event == "metric_not_measured"] == [
+        {"metric": "dice", "measured": "loss train_loss"}
+    ]
+    assert head.best is None
 
 
 async def test_the_aggregator_measures_each_version_on_its_own_data(federation: Federation) -> None:

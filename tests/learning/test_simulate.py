@@ -188,3 +188,38 @@ def test_codecs_lose_little_and_save_much(tmp_path: Path, codec: str, lost: floa
     assert coded["metrics"]["accuracy"] >= plain["metrics"]["accuracy"] - lost
     assert coded["updates"] == plain["updates"]
     assert coded["bytes"]["up"] * fewer < plain["bytes"]["up"]
+
+
+def test_the_worst_participants_judge_versions_and_each_has_its_own_metric(tmp_path: Path) -> None:
+    told: dict[str, Scalar] = {
+        "data__partition": "dirichlet:0.5", "data__imbalance": 5.0, "round__participants": 4, "stop__rounds": 4,
+        "evaluation__mode": "federated", "train__sampling": "balanced",
+    }  # fmt: skip
+    result = run("digits", tmp_path / "run", evaluation__metric="loss_worst_10", **told)
+    worst = [row["metrics"]["loss_worst_10"] for row in result.summary["history"]]
+    definition = find_task("digits")
+    shares = share_out(load_data(definition), Plan(4, "dirichlet:0.5", imbalance=5.0))
+    losses = [
+        definition.bind(shard.train, shard.held_out).evaluate(result.arrays).metrics["loss"]
+        for shard in shares.shards
+    ]
+    fair = result.summary["fairness"]
+    assert fair["metric"] == "loss"
+    assert [fair["mean"], fair["worst_10"], fair["std"], fair["min"]] == pytest.approx(
+        [fmean(losses), max(losses), np.std(losses), min(losses)]
+    )
+    best = load_model(tmp_path / "run" / f"{'model' if worst[-1] == min(worst) else 'best'}.safetensors")
+    best_losses = [
+        definition.bind(shard.train, shard.held_out).evaluate(best).metrics["loss"] for shard in shares.shards
+    ]
+    assert max(best_losses) == pytest.approx(min(worst))
+    assert "confusion" not in result.summary
+
+
+def test_the_result_says_which_classes_are_taken_for_which(tmp_path: Path) -> None:
+    result = run("digits", tmp_path / "run", round__participants=2, stop__rounds=1, evaluation__metric="recall_8")
+    confusion = np.array(result.summary["confusion"])
+    metrics = result.summary["metrics"]
+    assert np.trace(confusion) / confusion.sum() == pytest.approx(metrics["accuracy"])
+    assert confusion[8, 8] / confusion[8].sum() == pytest.approx(metrics["recall_8"])
+    assert (tmp_path / "run" / "confusion.png").stat().st_size > 1000

@@ -51,6 +51,15 @@ def examples(assignment: Assignment, order: TrainRound) -> int:
     return assignment(order).num_examples
 
 
+def test_a_long_tail_is_the_runs_too() -> None:
+    digits = find_task("digits")
+    shares = share_out(digits.load(), Plan(3, "iid", 7, digits.held_out, digits.seed, imbalance=20.0))
+    data = {"partition": "iid", "participants": 3, "imbalance": 20.0}
+    assert examples(Assignment(Holding("p01")), told(data=data)) == len(shares.shards[0].train) < 200
+    with pytest.raises(ConfigError, match=r"data\.imbalance = 'much', which is no number"):
+        Assignment(Holding("p01"))(told(data={**data, "imbalance": "much"}))
+
+
 def test_a_shipped_task_gets_the_share_that_a_simulation_gives() -> None:
     digits = find_task("digits")
     shares = share_out(digits.load(), Plan(3, "dirichlet:0.5", 7, digits.held_out, digits.seed))

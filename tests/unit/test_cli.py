@@ -28,6 +28,7 @@ from broker.messages import Where
 from fluffle.cli import cli, prediction_lines
 from fluffle.config import Config
 from fluffle.display import Display
+from fluffle.jobs import MEASURED
 
 ROOT = Path(__file__).parents[2]
 
@@ -284,7 +285,7 @@ def test_central_and_local_answer_with_json() -> None:
     local = json.loads(fluffle("local", "heart", "--rounds", "2", "--json", "-").stdout)
     assert len(central["history"]) == 2
     assert len(local["participants"]) == 4
-    assert central["metrics"].keys() == local["metrics"].keys() == {"loss", "accuracy"}
+    assert central["metrics"].keys() == local["metrics"].keys() == {"loss", "accuracy", "macro_f1", "macro_recall"}
 
 
 def test_lists() -> None:
@@ -297,8 +298,13 @@ def test_a_finished_run_is_listed_measured_used_and_exported(simulation: Simulat
     assert fluffle("simulate", "digits", "--set", "run.id=my-run").exit_code == 0
     assert "my-run  digits  fedavg" in fluffle("runs", "list").stdout
     assert fluffle("runs", "show", "my-run").stdout == fluffle("runs", "show").stdout
-    measured = json.loads(fluffle("evaluate", "my-run", "--json", "-").stdout)
-    assert measured["metrics"].keys() == {"loss", "accuracy"}
+    measured = json.loads(fluffle("evaluate", "my-run", "--json", "-", "--picture", "mistakes.png").stdout)
+    assert measured["metrics"].keys() == {*MEASURED["accuracy"], *(f"recall_{digit}" for digit in range(10))}
+    assert sum(map(sum, measured["confusion"])) == measured["num_examples"] == 359
+    assert Path("mistakes.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(Path("runs/my-run/result.json").read_text())["confusion"] == measured["confusion"]
+    assert Path("runs/my-run/confusion.png").exists()
+    assert "TRUE \\ PREDICTED" in fluffle("runs", "show", "my-run").stdout
     assert fluffle("export", "my-run", "model.npz").exit_code == 0
     with np.load("model.npz", allow_pickle=False) as arrays:
         assert len(arrays.files) == 4
@@ -306,6 +312,14 @@ def test_a_finished_run_is_listed_measured_used_and_exported(simulation: Simulat
     assert fluffle("evaluate", file, "digits").stdout.startswith("accuracy")
     nameless = fluffle("evaluate", file)
     assert (nameless.exit_code, "add TASK" in nameless.stderr) == (2, True)
+
+
+def test_what_has_no_classes_has_no_picture_of_mistakes() -> None:
+    assert fluffle("initial", "diabetes", "model.safetensors").exit_code == 0
+    measured = json.loads(fluffle("evaluate", "model.safetensors", "diabetes", "--json", "-").stdout)
+    assert measured.keys() == {"task", "metrics", "num_examples"}
+    drawn = fluffle("evaluate", "model.safetensors", "diabetes", "--picture", "mistakes.png")
+    assert (drawn.exit_code, "task 'diabetes' has no classes" in drawn.stderr) == (2, True)
 
 
 def test_predictions_are_csv(simulation: Simulation) -> None:

@@ -213,7 +213,9 @@ def test_every_run_gets_a_valid_name(task: str) -> None:
     assert name.endswith("-20261122-170509-ab12")
 
 
-@pytest.mark.parametrize("partition", ["iid", "natural", "dirichlet:0.5", "dirichlet:1e-2", "shards:2"])
+@pytest.mark.parametrize(
+    "partition", ["iid", "natural", "dirichlet:0.5", "dirichlet:1e-2", "quantity:0.5", "shards:2"]
+)
 def test_what_is_accepted_here_can_be_dealt(partition: str) -> None:
     config = load(**{"data.partition": partition})
     _parse(config.data.partition)

@@ -11,6 +11,7 @@ import pytest
 import structlog
 from rich.console import Console
 
+from aggregator.fairness import views_of
 from aggregator.history import RoundReport
 from fluffle.display import LiveDisplay, LogDisplay, make_display, progress_bar
 from fluffle.logs import configure_logs
@@ -94,6 +95,15 @@ def test_the_live_table_shows_rounds_and_what_happened() -> None:
     text = screen.getvalue()
     for word in ("digits · run-1", "accepted", "accuracy", "0.6250", "0.9000", "123.5 kB", "2/5", "p01"):
         assert word in text
+
+
+def test_the_live_table_has_the_metrics_that_matter_most() -> None:
+    display = LiveDisplay("digits", 5, terminal()[0])
+    metrics = dict.fromkeys(("train_loss", "loss", "macro_f1", "macro_recall", "accuracy", "recall_3"), 0.5)
+    display.on_report(replace(REPORT, metrics=metrics))
+    assert display._metric_names() == ["accuracy", "train_loss", "loss", "macro_f1"]
+    display.on_report(replace(REPORT, metrics=metrics | dict.fromkeys(views_of("accuracy"), 0.5)))
+    assert display._metric_names() == ["accuracy", "accuracy_worst_10", "train_loss", "loss"]
 
 
 def test_before_the_first_round_it_says_what_it_waits_for() -> None:

@@ -16,7 +16,7 @@ from broker import tensors
 from broker.errors import ConfigError, StateError
 from fluffle.cli import cli
 from fluffle.config import Config, from_values, load_config
-from fluffle.jobs import run_defaults, run_job
+from fluffle.jobs import MEASURED, run_defaults, run_job
 from tests.federation import Pull
 from workers.tasks import find_task
 
@@ -38,7 +38,7 @@ def test_a_task_brings_its_initial_model_and_how_it_is_measured() -> None:
     digits = find_task("digits").bind()
     assert tensors.encode(job.initial()) == tensors.encode(digits.initial())
     assert job.evaluate is not None
-    assert set(job.evaluate(job.initial())) == {"loss", "accuracy"}
+    assert set(job.evaluate(job.initial())) == {*MEASURED["accuracy"], *(f"recall_{digit}" for digit in range(10))}
     assert job.metric == "accuracy"
     assert (job.settings.learning_task, job.settings.data) == ("digits", {"partition": "iid", "participants": 10})
 
@@ -57,6 +57,36 @@ def test_a_file_may_hold_the_initial_model(initial: str) -> None:
 def test_what_nobody_measures_is_not_waited_for() -> None:
     with pytest.raises(ConfigError, match=r"stop.target_metric is 'rmse', which task 'digits' does not measure"):
         run_job(config(**{"stop.target_metric": "rmse:3"}))
+
+
+@pytest.mark.parametrize(
+    ("mode", "known", "unknown"),
+    [
+        ("central", ["macro_f1", "recall_9", "train_loss"], ["recall_10", "accuracy_worst_10", "f1"]),
+        (
+            "federated",
+            ["macro_f1", "accuracy_worst_10", "loss_std"],
+            ["recall_9", "train_loss_std", "accuracy_best"],
+        ),
+        ("none", ["train_loss"], ["accuracy"]),
+    ],
+)
+def test_a_metric_that_judges_is_one_that_is_measured(mode: str, known: list[str], unknown: list[str]) -> None:
+    for name in known:
+        assert run_job(config(**{"evaluation.mode": mode, "evaluation.metric": name})).metric == name
+    for name in unknown:
+        with pytest.raises(ConfigError, match=f"evaluation.metric.* is '{name}', .* it measures train_loss"):
+            run_job(config(**{"evaluation.mode": mode, "evaluation.metric": name}))
+    with pytest.raises(ConfigError, match=r"it measures train_loss, loss, .*, recall_0, .*, recall_9"):
+        run_job(config(**{"evaluation.metric": "recall_ten"}))
+
+
+def test_fairness_is_that_of_the_metric_that_judges() -> None:
+    told = {"evaluation.mode": "federated", "stop.target_metric": "loss_worst_10:0.5"}
+    run_job(config(**told, **{"evaluation.metric": "loss"}))
+    run_job(config(**told, **{"evaluation.metric": "loss_std"}))
+    with pytest.raises(ConfigError, match=r"is 'loss_worst_10', .* it measures .*, accuracy_worst_10, "):
+        run_job(config(**told))
 
 
 def test_a_plain_learning_task_or_what_makes_one_will_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from broker.errors import ConfigError, DataError
 from broker.topology import PARTICIPANT
 from workers.data import Dataset
-from workers.partition import Plan, participant_names, partition, shard_names, share_out
+from workers.partition import Plan, participant_names, partition, shard_names, share_out, thinned
 
 
 def labelled(n: int, classes: int = 10) -> Dataset:
@@ -26,7 +26,9 @@ def grouped(*sizes: int) -> Dataset:
     return Dataset(x=np.arange(len(names)).reshape(-1, 1), y=np.zeros(len(names), int), group=names)
 
 
-SPECS = st.sampled_from(["iid", "shards:1", "shards:3"]) | st.floats(0.1, 100).map(lambda a: f"dirichlet:{a:.3f}")
+SPECS = st.sampled_from(["iid", "shards:1", "shards:3"]) | st.tuples(
+    st.sampled_from(["dirichlet", "quantity"]), st.floats(0.1, 100)
+).map(lambda skewed: f"{skewed[0]}:{skewed[1]:.3f}")
 
 
 @settings(deadline=None)
@@ -47,7 +49,7 @@ def test_nobody_trains_on_a_test_example(participants: int, seed: int, split_see
     try:
         shares = share_out(labelled(400), plan)
     except DataError:  # strong skew may leave somebody without held-out examples, and says so
-        assert spec.startswith("dirichlet")
+        assert spec.startswith(("dirichlet", "quantity"))
         return
     train, held_out = set(shares.train.x[:, 0]), set(shares.held_out.x[:, 0])
     assert (len(train), len(held_out), len(train & held_out)) == (320, 80, 0)
@@ -76,6 +78,60 @@ def test_small_alpha_skews_labels_more() -> None:
     assert largest_class_share("dirichlet:1000") < 0.15
 
 
+def test_quantity_skews_sizes_and_not_labels() -> None:
+    def spread(spec: str) -> float:
+        return float(
+            np.mean([np.std([len(part) for part in partition(labelled(5000), spec, 10, s)]) for s in range(20)])
+        )
+
+    alpha, total = 2.0, 10 * 2.0
+    expected = 5000 * np.sqrt(0.1 * 0.9 / (total + 1))  # of one share in a Dirichlet draw
+    assert spread(f"quantity:{alpha}") == pytest.approx(expected, rel=0.15)
+    assert spread("quantity:100") < 200 < spread("quantity:0.5")
+    for part in partition(labelled(50_000), "quantity:2", 5, 3):
+        np.testing.assert_allclose(np.bincount(part.y) / len(part), 0.1, atol=0.02)
+    measured = Dataset(np.zeros((40, 1)), np.linspace(0, 1, 40))
+    assert sum(map(len, partition(measured, "quantity:5", 2, 0))) == 40
+    with pytest.raises(DataError, match="larger ALPHA"):
+        partition(labelled(120), "quantity:0.001", 10, 0)
+
+
+@given(factor=st.floats(1, 100), classes=st.integers(2, 8), seed=st.integers(0, 50))
+def test_a_long_tail_falls_off_exponentially(factor: float, classes: int, seed: int) -> None:
+    data, among = labelled(2000, classes), np.arange(2000) % 5 != 0
+    stays = thinned(data, among, factor, np.random.default_rng(seed))
+    assert not (stays & ~among).any()
+    before, after = np.bincount(data.y[among]), np.bincount(data.y[stays])
+    wanted = factor ** -(np.arange(classes) / (classes - 1))
+    np.testing.assert_allclose(after, after[0] * wanted, atol=1)
+    assert (after == before).any(), "as many as there can be"
+
+
+def test_the_first_class_may_be_the_small_one() -> None:
+    data = Dataset(np.arange(110).reshape(-1, 1), np.repeat([0, 1], [10, 100]))
+    stays = thinned(data, np.ones(110, bool), 5, np.random.default_rng(0))
+    assert np.bincount(data.y[stays]).tolist() == [10, 2]
+
+
+def test_thinning_leaves_the_test_set_alone() -> None:
+    plain, thin = share_out(labelled(400), Plan(3)), share_out(labelled(400), Plan(3, imbalance=10.0))
+    assert np.array_equal(plain.held_out.x, thin.held_out.x)
+    assert set(thin.train.x[:, 0]) < set(plain.train.x[:, 0])
+    assert sorted(x for shard in thin.shards for x in shard.train.x[:, 0]) == sorted(thin.train.x[:, 0])
+    again, other = (
+        share_out(labelled(400), Plan(3, imbalance=10.0)),
+        share_out(labelled(400), Plan(3, seed=1, imbalance=10.0)),
+    )
+    assert np.array_equal(thin.train.x, again.train.x)
+    assert not np.array_equal(thin.train.x, other.train.x)
+    measured = Dataset(np.zeros((40, 1)), np.linspace(0, 1, 40))
+    for data, factor in ((measured, 2.0), (labelled(40), 0.5), (labelled(40), float("inf"))):
+        with pytest.raises(ConfigError, match=r"data\.imbalance = .* use 1 or more, for class labels only"):
+            share_out(data, Plan(2, imbalance=factor))
+    with pytest.raises(DataError, match="one class only"):
+        share_out(labelled(40, classes=1), Plan(2, imbalance=2.0))
+
+
 def test_shards_give_few_labels() -> None:
     parts = partition(labelled(5000), "shards:2", 10, 3)
     assert max(len(np.unique(part.y)) for part in parts) <= 4
@@ -100,7 +156,18 @@ def test_natural_refuses_what_cannot_be() -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["", "IID", "dirichlet", "dirichlet:0", "dirichlet:-1", "dirichlet:nan", "shards:0", "shards:2.5", "iid:3"],
+    [
+        "",
+        "IID",
+        "dirichlet",
+        "dirichlet:0",
+        "dirichlet:-1",
+        "dirichlet:nan",
+        "quantity:0",
+        "shards:0",
+        "shards:2.5",
+        "iid:3",
+    ],
 )
 def test_an_unknown_form_is_refused_with_the_valid_ones(spec: str) -> None:
     with pytest.raises(ConfigError, match=r"is not one of: iid, dirichlet:ALPHA .* natural"):

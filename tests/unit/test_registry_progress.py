@@ -123,7 +123,13 @@ def test_versions_are_measured_every_nth_round_and_the_last() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "better", "worse"), [("accuracy", 0.9, 0.8), ("loss", 0.1, 0.2), ("rmse", 5, 6)]
+    ("metric", "better", "worse"),
+    [
+        *[(name, 0.9, 0.8) for name in ("accuracy", "macro_f1", "macro_recall", "recall_3", "accuracy_worst_10")],
+        *[(name, 0.9, 0.8) for name in ("accuracy_mean", "accuracy_min", "accuracy_max", "macro_f1_worst_10")],
+        *[(name, 0.1, 0.2) for name in ("loss", "train_loss", "loss_worst_10", "accuracy_std", "rmse_max", "mae")],
+        ("rmse", 5, 6),
+    ],
 )
 def test_the_best_version_is_kept_in_the_metrics_own_direction(metric: str, better: float, worse: float) -> None:
     assert improves(metric, better, worse)

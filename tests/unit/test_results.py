@@ -18,11 +18,23 @@ from broker.head import Best, Decision, HeadRecord
 from broker.messages import Where
 from fluffle.baselines import BaselineResult, LocalResult
 from fluffle.config import Config, from_values, load_config
+from fluffle.confusion import draw_confusion
 from fluffle.curve import draw_curve, save_curve
 from fluffle.finish import finish
+from fluffle.pictures import save_picture
 from fluffle.results import build_result, by_round, central_result, headline, local_result, peak_rss_mb
 from fluffle.rundir import RunDir, export_model, find_model, find_run, newest_run
-from fluffle.text import baseline_summary, columns, metrics_text, run_page, run_row, size_text, summary
+from fluffle.text import (
+    MOST_SHOWN,
+    baseline_summary,
+    columns,
+    confusion_text,
+    metrics_text,
+    run_page,
+    run_row,
+    size_text,
+    summary,
+)
 
 REPORT = RoundReport(
     run_id="run-1",
@@ -226,3 +238,19 @@ def test_baselines_as_results(config: Config) -> None:
     assert local["metrics"] == {"accuracy": 0.75, "loss": 0.5}
     assert "p02" in baseline_summary(local)
     assert "mean over participants" in baseline_summary(local)
+
+
+def test_a_confusion_matrix_in_words_and_as_a_picture(tmp_path: Path) -> None:
+    text = confusion_text([[8, 2], [0, 0]])
+    assert text == "TRUE \\ PREDICTED  0  1  RECALL\n0                 8  2  0.800\n1                 0  0\n"
+    many = np.eye(MOST_SHOWN + 1, dtype=int)
+    many[3, 7], many[2, 1] = 5, 9
+    text = confusion_text(many.tolist())
+    assert text == "TRUE  PREDICTED  EXAMPLES\n2     1          9\n3     7          5\n"
+    figure = draw_confusion([[8, 2], [0, 0]], "digits")
+    assert [label.get_text() for label in figure.axes[0].texts] == ["8", "2", "0", "0"]
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[0.8, 0.2], [0, 0]])
+    assert not draw_confusion(many.tolist(), "many").axes[0].texts
+    save_picture(figure, tmp_path / "mistakes.png")
+    with pytest.raises(StateError, match="the picture cannot be written"):
+        save_picture(figure, tmp_path / "nowhere" / "mistakes.png")
