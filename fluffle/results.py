@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from aggregator.history import History, RoundReport
 from aggregator.progress import improves, parse_target
+from broker import tensors
 from broker.head import HeadRecord
 from fluffle.config import Config
 
@@ -75,6 +77,7 @@ def central_result(config: Config, outcome: BaselineResult) -> Result:
     """Pooled training as plain data."""
     return _baseline(config, "central", outcome.metrics) | {
         "num_examples": outcome.num_examples,
+        "model_sha256": hashlib.sha256(tensors.encode(outcome.arrays)).hexdigest(),
         "history": [{"round": number, "metrics": m} for number, m in enumerate(outcome.history, 1)],
     }
 
@@ -92,6 +95,7 @@ def _baseline(config: Config, kind: str, metrics: Mapping[str, float]) -> Result
         "strategy": kind,
         "rounds": config.stop.rounds,
         "metrics": dict(metrics),
+        "why_finished": f"all {config.stop.rounds} rounds done",
     }
 
 
