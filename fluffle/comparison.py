@@ -22,7 +22,7 @@ COSTS: Mapping[str, Callable[[Result], float | None]] = {  # of a whole run; Non
     "updates": lambda result: result["updates"]["accepted"] if "updates" in result else None,
     "up": lambda result: result["bytes"]["up"] if "bytes" in result else None,
     "down": lambda result: result["bytes"]["down"] if "bytes" in result else None,
-    "seconds": lambda result: result["wall_s"],
+    "seconds": lambda result: result.get("virtual_s") or result["wall_s"],
 }
 
 

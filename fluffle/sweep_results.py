@@ -24,7 +24,7 @@ from fluffle.sweep import Cell, Report, Sweep
 
 KEPT = (  # of a result, in the file that has them all; each cell's own has everything
     "task", "strategy", "rounds", "model_version", "metrics", "num_examples", "updates", "bytes", "wall_s",
-    "model_sha256", "why_finished", "participants",
+    "virtual_s", "model_sha256", "why_finished", "participants",
 )  # fmt: skip
 
 
