@@ -1,11 +1,12 @@
-# The verbs: demo test bench lint docs. `make install` is done by the others when it is needed.
+# The verbs: demo test bench results lint docs. `make install` is done by the others when it is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SWEEPS := $(notdir $(basename $(wildcard benchmarks/sweeps/*.toml)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install rabbitmq demo test test-all bench lint format docs clean
+.PHONY: help install rabbitmq demo test test-all bench results lint format docs clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -34,6 +35,14 @@ test-all: install rabbitmq  ## the slow ones too
 
 bench: install rabbitmq  ## what it costs: W1 to W6, beside their references (nothing else should run meanwhile)
 	$(BIN)/python -m benchmarks
+
+results: install  ## the sweeps of docs/results.md: what is there is not run again (runs/sweeps)
+	mkdir -p benchmarks/results/sweeps
+	for sweep in $(SWEEPS); do \
+	  $(BIN)/fluffle sweep benchmarks/sweeps/$$sweep.toml --json benchmarks/results/sweeps/$$sweep.json \
+	    --picture docs/results-$$sweep.png || exit 1; \
+	done
+	$(BIN)/python -m docs.generate
 
 lint: install  ## formatting, lint, strict types, import walls
 	$(BIN)/ruff format --check .

@@ -30,6 +30,7 @@ from broker import head, messages, payloads, tensors, topology, wire
 from broker.transport import Binding, Declaration, Exchange, Queue, Stream
 from fluffle.cli import cli
 from fluffle.config import Config, Setting, settings
+from fluffle.sweep_results import table_of
 from workers.tasks import CATALOGUE, find_task
 
 DOCS = Path(__file__).parent
@@ -375,6 +376,17 @@ def _codecs(name: str, _: Meanings) -> str:
     return codecs_table([Point(**point) for point in told["details"]["points"]]) + "\n"
 
 
+def _sweep(name: str, _: Meanings) -> str:
+    """A sweep's table, and when and with what it was run."""
+    told = json.loads((RESULTS / "sweeps" / f"{name}.json").read_text("utf-8"))
+    head, *rows = table_of(told)
+    versions = ", ".join(f"{package} {number}" for package, number in told["versions"].items())
+    seeds = ", ".join(map(str, told["sweep"]["seeds"]))
+    made = f"{told['date'][:10]}, {told['cores']} cores ({told['processor']}), {versions}"
+    when = f"`benchmarks/sweeps/{name}.toml`, {told['metric']}, seeds {seeds}, {made}."
+    return f"{_table(head, rows)}\n{wrapped(when)}\n"
+
+
 def wrapped(text: str) -> str:
     return textwrap.fill(text, 116, break_long_words=False, break_on_hyphens=False)
 
@@ -391,6 +403,7 @@ KINDS: dict[str, Callable[[str, Meanings], str]] = {
     "measured": _measured,
     "aims": _aims,
     "codecs": _codecs,
+    "sweep": _sweep,
 }
 
 if __name__ == "__main__":

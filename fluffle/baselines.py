@@ -7,12 +7,12 @@ measured on the same held-out examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
 from workers.partition import Shares
-from workers.task import Scalar, TrainConfig, train_seed
+from workers.task import Arrays, Scalar, TrainConfig, train_seed
 from workers.torch_task import TaskDefinition, TorchTask
 
 CENTRAL = "central"
@@ -39,15 +39,20 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class BaselineResult:
-    """One training: `metrics` of the last model, `history` of every round's, on the central held-out examples."""
+    """One training: `metrics` of the last model, `history` of every round's, on the central held-out examples.
+
+    `arrays` are that model, of pooled training only.
+    """
 
     participant: str
     num_examples: int
     metrics: dict[str, float]
     history: tuple[dict[str, float], ...]
+    arrays: Arrays = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        names = ("participant", "num_examples", "metrics", "history")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +87,11 @@ def train_local(
     """One model per participant on its own training data, each measured on the central held-out examples."""
     return LocalResult(
         tuple(
-            _train(definition.bind(shard.train, shares.held_out, shard.name), shard.name, settings, report)
+            replace(one, arrays={})
             for shard in shares.shards
+            for one in [
+                _train(definition.bind(shard.train, shares.held_out, shard.name), shard.name, settings, report)
+            ]
         )
     )
 
@@ -96,4 +104,4 @@ def _train(task: TorchTask, participant: str, settings: BaselineSettings, report
         arrays = task.train(arrays, TrainConfig(round=number, seed=seed, settings=settings.train)).arrays
         history.append(task.evaluate(arrays).metrics)
         report(Progress(participant, number, settings.rounds, history[-1]))
-    return BaselineResult(participant, task.num_examples, history[-1], tuple(history))
+    return BaselineResult(participant, task.num_examples, history[-1], tuple(history), arrays)

@@ -15,9 +15,10 @@ from fluffle.broker_commands import broker_group
 from fluffle.chaos_commands import chaos
 from fluffle.command import Asked, Cli, check_target, configurable, emit, json_option
 from fluffle.control_commands import COMMANDS
-from fluffle.flags import COMMON_FLAGS, DATA_FLAGS, FEDERATION_FLAGS, SIMULATION_FLAGS
+from fluffle.flags import COMMON_FLAGS, DATA_FLAGS, FEDERATION_FLAGS, RUN_DIR, SIMULATION_FLAGS
 from fluffle.rejected_commands import rejected
 from fluffle.run_commands import aggregator, initial, worker
+from fluffle.study_commands import compare, sweep
 
 if TYPE_CHECKING:
     from fluffle.learning import Prediction
@@ -79,7 +80,7 @@ def simulate(asked: Asked, resume: bool, abandon: str, json_target: str | None) 
 
 
 @cli.command()
-@configurable(*COMMON_FLAGS)
+@configurable(*COMMON_FLAGS, RUN_DIR)
 @json_option
 def central(asked: Asked, json_target: str | None) -> None:
     """Train TASK on pooled data: what federation costs.
@@ -90,7 +91,7 @@ def central(asked: Asked, json_target: str | None) -> None:
 
 
 @cli.command()
-@configurable(*COMMON_FLAGS)
+@configurable(*COMMON_FLAGS, RUN_DIR)
 @json_option
 def local(asked: Asked, json_target: str | None) -> None:
     """Train TASK at each participant alone: what federation gains.
@@ -103,8 +104,10 @@ def local(asked: Asked, json_target: str | None) -> None:
 def baseline(asked: Asked, json_target: str | None, *, alone: bool) -> None:
     from fluffle.baselines import BaselineSettings, train_central, train_local
     from fluffle.display import progress_bar
+    from fluffle.finish import finish_baseline
     from fluffle.learning import shares_of
     from fluffle.results import central_result, local_result
+    from fluffle.rundir import RunDir
     from fluffle.text import baseline_summary
     from workers.modules import use_threads
     from workers.tasks import find_task
@@ -116,14 +119,18 @@ def baseline(asked: Asked, json_target: str | None, *, alone: bool) -> None:
     definition = find_task(config.task)
     shares = shares_of(config, definition)
     job = (definition, shares, BaselineSettings(config.stop.rounds, config.run.seed, config.train.chosen()))
-    began = time.perf_counter()
+    run = RunDir(config.run_dir)
+    run.begin(config, resume=False)
+    began, arrays = time.perf_counter(), {}
     with progress_bar(config.task, config.stop.rounds * (len(shares.shards) if alone else 1)) as advance:
         if alone:
             result = local_result(config, train_local(*job, advance))
         else:
-            result = central_result(config, train_central(*job, advance))
+            pooled = train_central(*job, advance)
+            result, arrays = central_result(config, pooled), pooled.arrays
     result["wall_s"] = time.perf_counter() - began
-    emit(result, baseline_summary(result), json_target)
+    finish_baseline(run, result, arrays)
+    emit(result, f"{baseline_summary(result)}\nkept in {run.path}\n", json_target)
 
 
 @cli.command()
@@ -319,7 +326,7 @@ def fetch(name: str) -> None:  # noqa: ARG001 - the only one there is
     fetch_mnist(progress=lambda line: click.echo(line, err=True))
 
 
-for _command in (aggregator, worker, initial, broker_group, chaos, *COMMANDS, rejected):
+for _command in (aggregator, worker, initial, broker_group, chaos, *COMMANDS, rejected, sweep, compare):
     cli.add_command(_command)
 
 

@@ -19,6 +19,7 @@ from fluffle.flags import Flag
 if TYPE_CHECKING:
     from fluffle.config import Config, Layer
     from fluffle.logs import Format, Level
+    from fluffle.sweep import Sweep
 
 
 class Failure(click.ClickException):
@@ -94,6 +95,16 @@ class Asked:
         name = self.config_file.stem if self.config_file else ""
         layers = (from_values({"run.id": slug(name)[:60]}, "the file's name"), *self._layers())
         return load_config(*layers, defaults=run_defaults(*layers))
+
+    def sweep(self) -> Sweep:
+        """The sweep in the file; environment and flags win over its base. Raises ConfigError."""
+        from fluffle.layers import from_environment, from_flags
+        from fluffle.learning import task_defaults
+        from fluffle.sweep import load_sweep
+
+        assert self.config_file
+        over = (from_environment(os.environ), from_flags(self.flags, self.sets))
+        return load_sweep(self.config_file, *over, defaults=functools.cache(task_defaults))
 
     def site_config(self) -> Config:
         """The configuration of who runs nothing itself: a worker, or somebody who looks after a broker."""
@@ -175,6 +186,7 @@ CONFIG_FILE = click.option(
 RUN_FILE = click.argument(
     "config_file", metavar="RUN.toml", type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
+SWEEP_FILE = click.argument("config_file", metavar="SWEEP.toml", type=click.Path(dir_okay=False, path_type=Path))
 CONFIG_OPTIONS: list[Any] = [
     click.option(
         "--set",
@@ -207,12 +219,21 @@ def check_target(json_target: str | None) -> None:
         raise ConfigError(f"--json {json_target}: there is no such directory")
 
 
-def emit(result: Mapping[str, Any], text: str, json_target: str | None) -> None:
+def indented(result: Mapping[str, Any]) -> str:
+    return json.dumps(result, indent=2, allow_nan=False)
+
+
+def emit(
+    result: Mapping[str, Any],
+    text: str,
+    json_target: str | None,
+    dump: Callable[[Mapping[str, Any]], str] = indented,
+) -> None:
     """Words to stdout, JSON to its target; with JSON on stdout the words go to stderr."""
     click.echo(text, nl=False, err=json_target == "-")
     if json_target is None:
         return
-    line = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    line = dump(result) + "\n"
     if json_target == "-":
         click.echo(line, nl=False)
         return

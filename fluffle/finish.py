@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from aggregator.checkpoints import Checkpoints
 from aggregator.history import History, RoundReport
+from broker import tensors
 from broker.errors import StateError
 from broker.head import HeadRecord
+from broker.tensors import Arrays, Buffer
 from fluffle.config import Config
 from fluffle.jobs import confusion_of
 from fluffle.results import Confusion, Result, build_result, to_json
@@ -28,13 +31,11 @@ def finish(
     with History(run.history_file) as history:
         result = build_result(config, record, history, wall_s, virtual_s)
         reports = history.rounds(record.run_id)
-    try:
+    with _written(run):
         _copy_models(run, record)
         confusion = confusion_of(config, run.model_file)
         result |= {"confusion": confusion} if confusion else {}
         _replace(run.result_file, to_json(result).encode())
-    except OSError as error:
-        raise StateError(f"{run.path}: the result cannot be written: {error.strerror or error}") from None
     _draw(run, f"{config.task}, {config.strategy.name}", reports, confusion)
     return result
 
@@ -47,6 +48,22 @@ def _draw(run: RunDir, title: str, reports: Sequence[RoundReport], confusion: Co
     save_curve(draw_curve(reports, title), run.curve_file)
     if confusion:
         save_picture(draw_confusion(confusion, title), run.confusion_file)
+
+
+def finish_baseline(run: RunDir, result: Result, arrays: Arrays) -> None:
+    """Writes `result.json`, and `model.safetensors` if there is one model. Raises StateError."""
+    with _written(run):
+        if arrays:
+            _replace(run.model_file, tensors.encode(arrays))
+        _replace(run.result_file, to_json(result).encode())
+
+
+@contextmanager
+def _written(run: RunDir) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StateError(f"{run.path}: the result cannot be written: {error.strerror or error}") from None
 
 
 def _copy_models(run: RunDir, record: HeadRecord) -> None:
@@ -64,7 +81,7 @@ def _copy(source: Path, target: Path) -> None:
         beside.replace(target)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _replace(path: Path, content: Buffer) -> None:
     beside = _beside(path)
     beside.write_bytes(content)
     beside.replace(path)

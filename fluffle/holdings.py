@@ -92,7 +92,8 @@ def _row(one: dict[str, Any], *, single: bool) -> tuple[object, ...]:
 def draw_holdings(found: dict[str, Any]) -> Figure:
     """A bar for each participant, the first on top: its training examples, by class where there are classes."""
     participants, classes = found["participants"], found["classes"]
-    figure, axes = new_figure(8, min(40.0, 1.8 + 0.3 * len(participants)))
+    figure = new_figure(8, min(40.0, 1.8 + 0.3 * len(participants)))
+    axes = figure.subplots()
     names = [one["participant"] for one in participants]
     left = np.zeros(len(names))
     map_of = colormaps["tab10" if len(classes) <= 10 else "viridis"]

@@ -21,7 +21,7 @@ def from_toml(path: Path) -> Layer:
     """A layer from a TOML file. Raises ConfigError if it cannot be read or is malformed."""
     try:
         document = tomllib.loads(path.read_text("utf-8"))
-        return {name: Given(value, str(path)) for name, value in _flat(document)}
+        return {name: Given(value, str(path)) for name, value in flat(document)}
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -33,7 +33,7 @@ def from_environment(environ: Mapping[str, str]) -> Layer:
     by_variable = {setting.env: setting.name for setting in settings()}
     layer: Layer = {}
     for variable, text in environ.items():
-        if not variable.startswith(PREFIX) or variable in NOT_SETTINGS:
+        if not is_setting_variable(variable):
             continue
         name = by_variable.get(variable)
         if name is None and variable.startswith(f"{PREFIX}TRAIN_"):
@@ -43,6 +43,10 @@ def from_environment(environ: Mapping[str, str]) -> Layer:
             raise ConfigError(f"unknown environment variable {variable}{hint}")
         layer[name] = Given(_parse(name, text), variable)
     return layer
+
+
+def is_setting_variable(name: str) -> bool:
+    return name.startswith(PREFIX) and name not in NOT_SETTINGS
 
 
 def from_flags(flags: Mapping[str, str | None], sets: Sequence[str] = ()) -> Layer:
@@ -74,11 +78,12 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What stands in nested tables, by dotted name."""
     for key, value in document.items():
         name = prefix + key
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{name}.")
+            yield from flat(value, f"{name}.")
         elif value != {} or name not in SECTIONS:
             yield name, value
 
@@ -95,6 +100,11 @@ def _parse(name: str, text: str) -> Any:
     return value if isinstance(value, str) or (whole and not (setting and setting.is_text)) else text
 
 
+def scalar_text(value: Scalar) -> str:
+    """A value as one would write it in TOML, texts without quotes."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
 
@@ -102,4 +112,4 @@ def _key(key: str) -> str:
 def _toml(value: Scalar) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+    return scalar_text(value)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from broker.errors import StateError
 
 
-def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of so many inches, with axes, that no window system shows."""
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches that no window system shows."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure
 
 
 def save_picture(figure: Figure, path: Path, what: str = "picture") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aggregator.fairness import VIEWS, viewed
 from aggregator.history import History, RoundReport
 from aggregator.progress import improves, parse_target
+from broker import tensors
 from broker.head import HeadRecord
 from fluffle.config import Config
 
@@ -78,6 +80,7 @@ def central_result(config: Config, outcome: BaselineResult) -> Result:
     """Pooled training as plain data."""
     return _baseline(config, "central", outcome.metrics) | {
         "num_examples": outcome.num_examples,
+        "model_sha256": hashlib.sha256(tensors.encode(outcome.arrays)).hexdigest(),
         "history": [{"round": number, "metrics": m} for number, m in enumerate(outcome.history, 1)],
     }
 
@@ -95,6 +98,7 @@ def _baseline(config: Config, kind: str, metrics: Mapping[str, float]) -> Result
         "strategy": kind,
         "rounds": config.stop.rounds,
         "metrics": dict(metrics),
+        "why_finished": f"all {config.stop.rounds} rounds done",
     }
 
 

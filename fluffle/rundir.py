@@ -80,11 +80,7 @@ class RunDir:
 
     def result(self) -> dict[str, Any]:
         """What the finished run came to. Raises StateError if the file is damaged."""
-        try:
-            result: dict[str, Any] = json.loads(self.result_file.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise StateError(f"{self.result_file}: cannot be read: {error}") from None
-        return result
+        return read_result(self.result_file)
 
     def begin(self, config: Config, *, resume: bool) -> None:
         """Makes the directory and keeps the configuration in it. Raises StateError.
@@ -119,6 +115,15 @@ class RunDir:
             ) from None
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """A file as `--json` writes it. Raises StateError if it is damaged."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise StateError(f"{path}: cannot be read: {error}") from None
+    return result
+
+
 def all_runs(root: Path) -> Iterator[RunDir]:
     """Every run below a directory, in the order of their names."""
     return (RunDir(path.parent) for path in sorted(root.glob("*/run.toml")))
@@ -133,6 +138,20 @@ def find_run(name: str, root: Path = Path(RUNS)) -> RunDir:
     close = difflib.get_close_matches(name, names, 1, 0.3)
     hint = f"did you mean {close[0]}?" if close else f"{root}/ holds {len(names)} runs (`fluffle runs list`)"
     raise StateError(f"{name}: no such run: {hint}")
+
+
+def find_result(name: str, root: Path = Path(RUNS)) -> dict[str, Any]:
+    """What a run came to, by its directory, its name, or a file that `--json` wrote. Raises StateError."""
+    path = Path(name)
+    if not path.is_file():
+        run = find_run(name, root)
+        if not run.result_file.is_file():
+            raise StateError(f"{run.path}: the run has no result.json yet: let it finish, or go on with --resume")
+        return run.result()
+    found = read_result(path)
+    if not isinstance(found, dict) or not {"task", "strategy", "rounds", "metrics", "wall_s"} <= found.keys():
+        raise StateError(f"{path}: not the result of one run: name a run's directory, or a file that --json wrote")
+    return found
 
 
 def find_model(name: str, root: Path = Path(RUNS)) -> tuple[Path, RunDir | None]:

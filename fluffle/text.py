@@ -118,15 +118,19 @@ def run_row(run: RunDir) -> tuple[object, ...]:
     """One line of `fluffle runs list`."""
     config = run.config()
     reports = _reports(run, config.run.id)
-    metrics = metrics_text(reports[-1].metrics) if reports else ""
-    state = run.result()["why_finished"] if run.result_file.exists() else "not finished"
-    done = f"{len(reports)}/{config.stop.rounds}"
-    return (run.path.name, config.task, config.strategy.name, done, metrics, state)
+    result = run.result() if run.result_file.exists() else {}
+    metrics = metrics_text(reports[-1].metrics if reports else result.get("metrics", {}))
+    done = f"{len(reports) or result.get('rounds', 0)}/{config.stop.rounds}"
+    strategy = result.get("strategy", config.strategy.name)
+    return (run.path.name, config.task, strategy, done, metrics, result.get("why_finished", "not finished"))
 
 
 def run_page(run: RunDir) -> str:
     """All of `fluffle runs show`."""
     config = run.config()
+    files = columns([(name, path) for name, path in run.artefacts().items() if path.exists()])
+    if run.result_file.exists() and not run.history_file.exists():
+        return f"{config.run.id}\n\n{baseline_summary(run.result())}\n{files}"
     reports = _reports(run, config.run.id)
     names = sorted({name for report in reports for name in shown(report.metrics)})
     rows = [
@@ -137,7 +141,6 @@ def run_page(run: RunDir) -> str:
         for r in reports
     ]
     head = ("ROUND", "ATTEMPT", "ACCEPTED", "LATE", "REJECTED", "DUPLICATE", "SECONDS", *map(str.upper, names))
-    files = columns([(name, path) for name, path in run.artefacts().items() if path.exists()])
     title = f"{config.run.id}: {config.task}, {config.strategy.name}"
     return f"{title}\n\n{columns([head, *rows])}\n{_measured(run)}{files}"
 

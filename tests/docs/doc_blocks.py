@@ -11,14 +11,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
+from unittest.mock import patch
 
 import click
 from click.testing import CliRunner
 
 from broker.memory import MemoryBroker
 from broker.topology import AGGREGATOR
+from fluffle import simulate
+from fluffle.cell import Job, Outcome
 from fluffle.cli import cli
 from fluffle.layers import from_toml
+from fluffle.learning import task_defaults
+from fluffle.sweep import load_sweep
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -27,8 +32,10 @@ ELSEWHERE = {  # need the network, or a broker: read, not run
     *("data fetch", "broker check", "broker setup", "aggregator", "worker", "status", "pause", "resume", "stop"),
     *("participants list", "participants remove", "participants admit", "chaos"),
 }
+CLUSTERS = {"--dask", "--ray"}
 TRAINING = ("simulate", "central", "local")
 FEWER = 20  # times fewer rounds than the page says
+LESS = {"sweep": ("--jobs", "1", "--set", "stop.rounds=2", "--set", "train.max_steps=3")}
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,12 @@ async def _contract_test(function: Callable[..., object]) -> None:
 
 
 def _toml(block: Block) -> None:
-    tomllib.loads(block.text)
+    document = tomllib.loads(block.text)
     file = Path("checked.toml")
     file.write_text(block.text, "utf-8")
     assert from_toml(file), block.place
+    if "seeds" in document:
+        assert load_sweep(file, defaults=task_defaults).cells, block.place
 
 
 def _bash(block: Block) -> None:
@@ -90,11 +99,19 @@ def _bash(block: Block) -> None:
 
 def _fluffle(arguments: list[str], environment: dict[str, str], place: str) -> None:
     name = parsed(arguments)
-    if name in ELSEWHERE or "amqp" in place:
+    if name in ELSEWHERE or "amqp" in place or CLUSTERS & set(arguments):
         return
-    shorter = shortened(arguments) if name in TRAINING else arguments
-    outcome = CliRunner().invoke(cli, shorter, env=environment, prog_name="fluffle")
+    shorter = shortened(arguments) if name in TRAINING else [*arguments, *LESS.get(name, ())]
+    with patch("fluffle.pools.run_cell", _cell_in_this_process):
+        outcome = CliRunner().invoke(cli, shorter, env=environment, prog_name="fluffle")
     assert outcome.exit_code == 0, f"{place}\n{outcome.output}"
+
+
+def _cell_in_this_process(job: Job, _: object) -> Outcome:
+    """Instead of a process of its own, which takes seconds to begin; `tests/learning` has those."""
+    Path("cell.toml").write_text(job.config, "utf-8")
+    settings = {name: given.value for name, given in from_toml(Path("cell.toml")).items()}
+    return Outcome(simulate(settings.pop("task"), settings | {"run.dir": f"cells/{job.run_id}"}).summary)
 
 
 def shortened(arguments: list[str]) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import get_args
@@ -21,6 +23,8 @@ from broker import head, messages, topology, wire
 from fluffle.cli import cli
 from fluffle.config import SECTIONS, settings
 from fluffle.layers import NOT_SETTINGS
+from fluffle.learning import task_defaults
+from fluffle.sweep import load_sweep
 from workers.tasks import CATALOGUE
 
 DOCS = ROOT / "docs"
@@ -230,3 +234,14 @@ def test_examples_run(file: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
         cli, ["simulate", task, "--participants", "3", "--rounds", "2"], prog_name="fluffle"
     )
     assert outcome.exit_code == 0, outcome.output
+
+
+@pytest.mark.parametrize("file", [*(ROOT / "benchmarks" / "sweeps").glob("*.toml")], ids=lambda file: file.stem)
+def test_results_are_those_of_the_committed_sweeps(file: Path) -> None:
+    told = json.loads((ROOT / "benchmarks" / "results" / "sweeps" / f"{file.stem}.json").read_text("utf-8"))
+    sweep = load_sweep(file, defaults=cache(task_defaults))
+    assert [cell["digest"] for cell in told["cells"]] == [cell.digest for cell in sweep.cells], "run `make results`"
+    assert not told["failed"]
+    page = (DOCS / "results.md").read_text("utf-8")
+    assert f"<!-- generated: sweep {file.stem} -->" in page
+    assert f"](results-{file.stem}.png)" in page
