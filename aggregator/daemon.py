@@ -506,7 +506,7 @@ class Term:
         )  # fmt: skip
         self.bytes_up = self.announcer.bytes_down = 0
         record, live = record.with_(closed=closed, open=None), self.registry.live(now)
-        await self._commit_progress(plan.continued(record, closing, live, self.settings, now))
+        await self._commit_progress(plan.continued(record, opened.work, live, self.settings, now, closing.missing))
         if report := report_of(self.head):
             self.around.on_report(report)
         if self.round:

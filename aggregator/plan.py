@@ -74,9 +74,10 @@ def open_round(opened: OpenRound, settings: RoundSettings) -> Round:
     return (Buffer if settings.is_buffered and opened.work == "train" else Round)(opened, settings)
 
 
-def continued(record: HeadRecord, closed: Round, live: Live, settings: RunSettings, now: float) -> HeadRecord:
-    """After a closed round: the evaluation of its version, the end, the next round, or a wait for participants."""
-    work, busy = closed.open.work, closed.missing
+def continued(
+    record: HeadRecord, work: str, live: Live, settings: RunSettings, now: float, busy: Collection[str] = ()
+) -> HeadRecord:
+    """After closed work: the evaluation of its version, the end, the next round, or a wait for participants."""
     if work == "train" and live and evaluation_due(settings, "federated", record.round):
         return opened(record, "evaluate", live, settings, now)
     if why := why_finished(record, settings, now):

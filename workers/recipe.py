@@ -67,7 +67,8 @@ class Recipe:
         for name in ("beta_1", "beta_2"):
             _demand(name, getattr(self, name), "in [0, 1)", fits=0 <= getattr(self, name) < 1)
         _demand("eps", self.eps, "above 0 and at most 1", fits=0 < self.eps <= 1)
-        _demand("weight_decay", self.weight_decay, "0 to 1 / train.lr", fits=0 <= self.weight_decay * self.lr < 1)
+        decays = self.weight_decay * self.lr if self.optimiser == ADAMW else 0.0
+        _demand("weight_decay", self.weight_decay, "0 to 1 / train.lr", fits=self.weight_decay >= 0 and decays < 1)
         _demand("max_seconds", self.max_seconds, "0 (no limit) or more", fits=0 <= self.max_seconds < math.inf)
         _demand("focal_gamma", self.focal_gamma, "0 (off) to 20", fits=0 <= self.focal_gamma <= 20)
         _demand("mixup", self.mixup, "0 (off) to 100", fits=0 <= self.mixup <= 100)

@@ -126,15 +126,13 @@ def test_a_wish_for_another_run_is_refused() -> None:
 def test_no_round_opens_unless_the_operator_wants_it(wanted: str) -> None:
     run, head = settings(2), HeadRecord(round=1, members=("p01",), wanted=wanted)
     assert not plan.enough(head, 2, run, 1e9)
-    assert plan.continued(head, Round(OPEN, run.round), names(2), run, 0.0).open is None
+    assert plan.continued(head, "train", names(2), run, 0.0).open is None
     assert plan.enough(head.with_(wanted="run"), 2, run, 0.0)
 
 
 def test_a_pause_still_measures_the_version_that_was_closed() -> None:
     run = settings(2, evaluation={"mode": "federated"})
-    after = plan.continued(
-        HeadRecord(round=1, wanted="pause", model=MODEL), Round(OPEN, run.round), names(2), run, 0.0
-    )
+    after = plan.continued(HeadRecord(round=1, wanted="pause", model=MODEL), "train", names(2), run, 0.0)
     assert after.open
     assert after.open.work == "evaluate"
 
