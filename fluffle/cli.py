@@ -220,7 +220,7 @@ def predict(model: str, task: str | None, input_file: Path | None, sample: int |
         inputs, truth = read_inputs(input_file, load_data(definition)), None
     else:
         inputs = learning.held_out(definition, most=sample)
-        truth = inputs.y.tolist()
+        truth = inputs.y.reshape(len(inputs), -1)[:, -1].tolist()  # of a sequence, what comes after it
     found = learning.predict(definition, arrays, inputs)
     click.echo(prediction_lines(found, truth), nl=False)
     if dropped := len(inputs) - len(found):

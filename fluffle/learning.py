@@ -38,8 +38,8 @@ class Prediction:
 def task_defaults(name: str) -> dict[str, Scalar]:
     """A task's own settings by dotted name. Raises FluffleError if there is no such task.
 
-    Data with a few natural owners, such as hospitals, is by default left with them. What its model holds beside
-    parameters is averaged plainly by every strategy.
+    Data with natural owners, such as hospitals, is by default left with them; if they are few, each is a
+    participant. What its model holds beside parameters is averaged plainly by every strategy.
     """
     definition = find_task(name)
     own: dict[str, Scalar] = {f"train.{key}": value for key, value in definition.defaults.items()}
@@ -47,8 +47,10 @@ def task_defaults(name: str) -> dict[str, Scalar]:
         own["strategy.buffers"] = ",".join(buffers)
     group = load_data(definition).group
     owners = 0 if group is None else len(np.unique(group))
+    if owners:
+        own["data.partition"] = "natural"
     if 0 < owners <= FEW_OWNERS:
-        own |= {"data.partition": "natural", "round.participants": owners}
+        own["round.participants"] = owners
     return own
 
 
@@ -97,6 +99,7 @@ def predict(definition: TaskDefinition, arrays: Arrays, inputs: Dataset) -> list
 def _predictions(definition: TaskDefinition, rows: NDArray[Any], parts: Sequence[Tensor]) -> Iterator[Prediction]:
     outputs = torch.cat(list(parts)).double() if parts else torch.empty(0, 1)
     if definition.metric == "accuracy":
+        outputs = outputs[..., -1] if outputs.ndim == 3 else outputs  # of a sequence, what comes after it
         best = outputs.softmax(dim=1).max(dim=1)
         for row, value, probability in zip(rows, best.indices, best.values, strict=True):
             yield Prediction(int(row), int(value), float(probability))

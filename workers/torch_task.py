@@ -248,7 +248,7 @@ class TorchTask:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Preprocessed examples: `x` float32 (n, ...), `y` int64 or float32 (n,)."""
+    """Preprocessed examples: `x` float32 (symbols: uint8 or int64) (n, ...), `y` int64 or float32 (n,) or (n, T)."""
 
     x: Tensor
     y: Tensor

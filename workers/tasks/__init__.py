@@ -31,6 +31,12 @@ CATALOGUE: Mapping[str, Entry] = {
     "mnist-cnn": Entry("workers.tasks.mnist:CNN", "handwritten digits, two convolutions"),
     "digits": Entry("workers.tasks.digits:DIGITS", "small handwritten digits (8 x 8), one hidden layer of 128"),
     "heart": Entry("workers.tasks.heart:HEART", "heart disease in four hospitals, logistic regression"),
+    "shakespeare-lstm": Entry(
+        "workers.tasks.shakespeare:LSTM", "next character of a play, 423 speakers, two layers of LSTM"
+    ),
+    "shakespeare-transformer": Entry(
+        "workers.tasks.shakespeare:TRANSFORMER", "next character of a play, 423 speakers, a small transformer"
+    ),
     "diabetes": Entry("workers.tasks.diabetes:DIABETES", "disease progression after a year, linear regression"),
 }
 
