@@ -21,9 +21,8 @@ from fluffle.rejected_commands import rejected
 from fluffle.run_commands import aggregator, initial, worker
 
 if TYPE_CHECKING:
-    from fluffle.learning import Prediction
+    from workers.definition import Definition, Prediction
     from workers.task import Arrays
-    from workers.torch_task import TaskDefinition
 
 RUNS = Path("runs")
 
@@ -132,7 +131,7 @@ def tasks() -> None:
 
     rows = [(name, entry.summary) for name, entry in CATALOGUE.items()]
     click.echo(columns([("TASK", "WHAT IT LEARNS"), *rows]), nl=False)
-    click.echo("\nYour own: package.module:OBJECT, a TaskDefinition.")
+    click.echo("\nYour own: package.module:OBJECT, a TaskDefinition or an EstimatorDefinition.")
 
 
 @cli.command()
@@ -277,7 +276,7 @@ for _command in (aggregator, worker, initial, broker_group, chaos, *COMMANDS, re
     cli.add_command(_command)
 
 
-def open_model(model: str, task: str | None) -> tuple[Arrays, TaskDefinition]:
+def open_model(model: str, task: str | None) -> tuple[Arrays, Definition]:
     """A model, and the task that it belongs to: the run's, or the one that was named."""
     from fluffle.rundir import find_model, load_model
     from workers.tasks import find_task

@@ -17,12 +17,13 @@ from broker.topology import AGGREGATOR
 from fluffle.config import Config, Defaults, Layer, taken_on_trust
 from fluffle.rundir import load_model
 from workers.task import LearningTask, is_learning_task
-from workers.tasks import find_object
+from workers.tasks import CATALOGUE, find_object
 
-if TYPE_CHECKING:  # brings torch
-    from workers.torch_task import TaskDefinition
+if TYPE_CHECKING:
+    from workers.definition import Definition
 
-MEASURED = {"accuracy": {"loss", "accuracy"}, "rmse": {"loss", "rmse", "mae"}}
+GO_ON_FROM_BEFORE = ("fedsgd", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedasync", "diloco")
+MEASURED = {"accuracy": {"loss", "accuracy"}, "rmse": {"loss", "rmse", "mae"}, "loss": {"loss"}}
 
 
 def run_defaults(*layers: Layer) -> Defaults:
@@ -55,16 +56,17 @@ def run_job(config: Config) -> Job:
     from fluffle.learning import shares_of
 
     check_metrics(config, task)
+    check_strategy(config, task)
     held_out = shares_of(config, task).held_out if config.evaluation.mode == "central" else None
     return _job(config, task.bind(held_out=held_out), initial, task.metric)
 
 
-def task_job(config: Config, definition: TaskDefinition, held_out: Any) -> Job:
+def task_job(config: Config, definition: Definition, held_out: Any) -> Job:
     """The job of a simulated aggregator: the examples that nobody trains on are at hand."""
     return _job(config, definition.bind(held_out=held_out), None, definition.metric)
 
 
-def check_metrics(config: Config, definition: TaskDefinition) -> None:
+def check_metrics(config: Config, definition: Definition) -> None:
     """Refuses to wait for a metric that nobody measures."""
     measured = {"train_loss"} | (MEASURED[definition.metric] if config.evaluation.mode != "none" else set())
     target = config.stop.target_metric.partition(":")[0]
@@ -78,6 +80,21 @@ def check_metrics(config: Config, definition: TaskDefinition) -> None:
                 f"{setting} is {name!r}, which task {definition.name!r} does not measure with evaluation.mode = "
                 f"{config.evaluation.mode}: it measures {', '.join(sorted(measured))}"
             )
+
+
+def check_strategy(config: Config, definition: Definition) -> None:
+    """Refuses to put together the means of an estimator in a way that does not give everybody's means."""
+    from workers.estimators import EstimatorDefinition
+
+    chosen = config.strategy
+    whole = chosen.name not in GO_ON_FROM_BEFORE and chosen.server_lr in (0.0, 1.0) and not chosen.clip_norm
+    by_examples = config.round.weights != "equal" and not config.round.is_buffered
+    if isinstance(definition, EstimatorDefinition) and not (whole and by_examples):
+        raise ConfigError(
+            f"task {definition.name!r} needs the mean of all answers of a round, by examples: use strategy.name = "
+            "fedavg (or a robust one), strategy.server_lr = 1, strategy.clip_norm = 0, round.policy = synchronous "
+            "and round.weights = auto"
+        )
 
 
 def _job(config: Config, judge: LearningTask, initial: Any, metric: str) -> Job:
@@ -97,12 +114,12 @@ def _is_self_sufficient(initial: object, mode: object) -> bool:
 
 
 def _is_plain(task: object) -> bool:
-    """Whether it is no TaskDefinition, but a learning task or what makes one."""
+    """Whether it is no definition, but a learning task or what makes one."""
     return is_learning_task(task) or callable(task)
 
 
 def _task_named(name: str) -> Any:
-    if find_spec("torch") is None and ":" not in name:
+    if name in CATALOGUE and CATALOGUE[name].needs_torch and find_spec("torch") is None:
         raise ConfigError(
             f"torch is not installed here, which task {name!r} needs for its initial model and for evaluation: set "
             f"run.initial to what `fluffle initial {name} FILE` wrote, and evaluation.mode to federated or none"

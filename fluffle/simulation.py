@@ -28,10 +28,11 @@ from fluffle.brokers import rabbit_broker
 from fluffle.config import Config
 from fluffle.crowd import check_credentials, crowd
 from fluffle.display import Display, notice
-from fluffle.jobs import check_metrics, task_job
+from fluffle.jobs import check_metrics, check_strategy, task_job
 from fluffle.learning import shares_of
 from fluffle.stores import keepers_store
 from workers.attack import attacking
+from workers.definition import BoundTask, Definition
 from workers.journal import MemoryJournal
 from workers.lane import Lane
 from workers.link import WorkerSettings
@@ -62,7 +63,7 @@ class Plan:
     """What a simulation needs, found to be possible before anything is written. `attacks`: of each participant."""
 
     config: Config
-    definition: TaskDefinition
+    definition: Definition
     shares: Shares
     broker: Broker
     store: Store | None
@@ -74,8 +75,9 @@ def plan_simulation(config: Config) -> Plan:
     broker = _broker(config)
     make_strategy(config.strategy, config.round)
     definition = find_task(config.task)
-    definition.recipe(config.train.chosen())
+    definition.check(config.train.chosen())
     check_metrics(config, definition)
+    check_strategy(config, definition)
     store = keepers_store(config.store)
     if store is None and config.broker.url == "memory":
         store = OwnMemory()
@@ -168,16 +170,19 @@ async def _learning_tasks(plan: Plan, display: Display, thread: Lane) -> Callabl
     return lambda participant: always(tasks[participant])
 
 
-def _together(config: Config, definition: TaskDefinition, tasks: Mapping[str, TorchTask]) -> Together:
+def _together(config: Config, definition: Definition, tasks: Mapping[str, BoundTask]) -> Together:
+    own = {name: task for name, task in tasks.items() if isinstance(task, TorchTask)}
+    if not isinstance(definition, TaskDefinition) or len(own) < len(tasks):
+        raise Unstackable("the task does not train with torch")
     if make_strategy(config.strategy, config.round).wants == "gradient":
         raise Unstackable(f"strategy {config.strategy.name!r} sums gradients, which are computed one by one")
     if config.round.is_buffered:
         raise Unstackable("round.policy = 'buffered': whoever is done goes on alone")
     asked = min(config.round.cohort or len(tasks), len(tasks))
-    return Together(tasks, definition.recipe(config.train.chosen()), asked)
+    return Together(own, definition.recipe(config.train.chosen()), asked)
 
 
-def _bound(plan: Plan, shard: Shard) -> TorchTask:
+def _bound(plan: Plan, shard: Shard) -> BoundTask:
     held_out = shard.held_out if len(shard.held_out) else None
     task = plan.definition.bind(shard.train, held_out, shard.name)
     log.info("data_prepared", participant=shard.name, **task.report.to_dict())

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from broker.errors import DataError
 from workers.data import Dataset, Mask
 
-Floats = NDArray[np.float32]
-
 
 @dataclass(frozen=True, slots=True)
 class Reference:
@@ -80,15 +78,17 @@ class PreprocessReport:
         return asdict(self)
 
 
-def prepare(dataset: Dataset, steps: Preprocess) -> tuple[Dataset, PreprocessReport]:
-    """The data set as the model takes it: `x` float32 (symbols: uint8 or int64), `y` int64 (classes) or float32.
+def prepare(
+    dataset: Dataset, steps: Preprocess, dtype: type[np.floating[Any]] = np.float32
+) -> tuple[Dataset, PreprocessReport]:
+    """The data set as the model takes it: `x` of this dtype (symbols: uint8 or int64), `y` int64 or alike.
 
     Raises DataError if a step does not fit the data.
     """
     chosen = _keep_columns(dataset, steps.keep)
     usable = _usable_rows(chosen, steps)
     kept = chosen if usable.all() else chosen.take(usable)
-    x = _symbols(kept, steps.symbols) if steps.symbols else np.array(kept.x, dtype=np.float32, order="C")
+    x = _symbols(kept, steps.symbols) if steps.symbols else np.array(kept.x, dtype=dtype, order="C")
     clipped = _scale(x, steps, dataset.name)
     report = PreprocessReport(
         rows=len(kept),
@@ -98,7 +98,7 @@ def prepare(dataset: Dataset, steps: Preprocess) -> tuple[Dataset, PreprocessRep
         values_missing=int(np.isnan(x).sum()),
         values_clipped=clipped,
     )
-    return replace(kept, x=x, y=_targets(kept.y)), report
+    return replace(kept, x=x, y=_targets(kept.y, dtype)), report
 
 
 def nonzero_columns(public: NDArray[Any]) -> tuple[int, ...]:
@@ -142,7 +142,7 @@ def _all_of_row(values: Mask) -> Mask:
     return np.asarray(values.all(axis=tuple(range(1, values.ndim))))
 
 
-def _scale(x: Floats, steps: Preprocess, name: str) -> int:
+def _scale(x: NDArray[Any], steps: Preprocess, name: str) -> int:
     """Scales in place; returns how many values were clipped."""
     clipped = 0
     if steps.bounds is not None:
@@ -156,13 +156,13 @@ def _scale(x: Floats, steps: Preprocess, name: str) -> int:
     return clipped
 
 
-def _standardise(x: Floats, reference: Reference, name: str) -> None:
+def _standardise(x: NDArray[Any], reference: Reference, name: str) -> None:
     if x.shape[1:] != (len(reference.mean),):
         raise DataError(
             f"data set {name!r}: the reference has {len(reference.mean)} columns, but the inputs are {x.shape}"
         )
-    x -= np.asarray(reference.mean, dtype=np.float32)
-    x /= np.asarray(reference.scale, dtype=np.float32)
+    x -= np.asarray(reference.mean, dtype=x.dtype)
+    x /= np.asarray(reference.scale, dtype=x.dtype)
 
 
 def _symbols(dataset: Dataset, symbols: int) -> NDArray[Any]:
@@ -175,5 +175,5 @@ def _symbols(dataset: Dataset, symbols: int) -> NDArray[Any]:
     return np.array(x, dtype=np.uint8 if symbols <= 256 else np.int64, order="C")
 
 
-def _targets(y: NDArray[Any]) -> NDArray[Any]:
-    return y.astype(np.int64 if np.issubdtype(y.dtype, np.integer) else np.float32)
+def _targets(y: NDArray[Any], dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    return y.astype(np.int64 if np.issubdtype(y.dtype, np.integer) else dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from broker.errors import DataError, TaskError
 from workers.data import Dataset
-from workers.modules import arrays_of, build, load_arrays, seeded, views
+from workers.definition import Prediction
+from workers.modules import arrays_of, buffer_patterns, build, load_arrays, seeded, views
+from workers.predictions import outputs_of, predictions
 from workers.preprocess import Preprocess, PreprocessReport, prepare
 from workers.recipe import Recipe, recipe
 from workers.scaler import STATISTICS_ROUND, FederatedScaler, local_moments
@@ -56,6 +58,23 @@ class TaskDefinition:
     def recipe(self, settings: Mapping[str, Scalar]) -> Recipe:
         """The defaults with these settings over them. Raises ConfigError for one that cannot work."""
         return recipe({**self.defaults, **settings})
+
+    def check(self, settings: Mapping[str, Scalar]) -> None:
+        """Raises ConfigError for training settings that cannot work."""
+        self.recipe(settings)
+
+    def run_defaults(self) -> dict[str, Scalar]:
+        """What the model holds beside parameters is averaged plainly by every strategy."""
+        buffers = buffer_patterns(build(self.model, self.seed))
+        return {"strategy.buffers": ",".join(buffers)} if buffers else {}
+
+    def predict(self, arrays: Arrays, inputs: Dataset) -> list[Prediction]:
+        """What the model says of each input, in order; rows that preprocessing drops are left out."""
+        module = self.model()
+        load_arrays(module, arrays)
+        prepared, _ = prepare(replace(inputs, y=np.arange(len(inputs))), self.preprocess)
+        outputs = outputs_of(module, torch.from_numpy(prepared.x), CHUNK_ROWS)
+        return list(predictions(prepared.y, outputs, self.metric))
 
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"
@@ -248,7 +267,7 @@ class TorchTask:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Preprocessed examples: `x` float32 (symbols: uint8 or int64) (n, ...), `y` int64 or float32 (n,) or (n, T)."""
+    """Preprocessed examples: `x` float32 (symbols: uint8 or int64), `y` int64 or float32; (n, ...) both."""
 
     x: Tensor
     y: Tensor

@@ -153,7 +153,7 @@ LSTM = TaskDefinition(
     model=CharLSTM,
     load=load,
     preprocess=CHARACTERS,
-    defaults={"lr": 1.0, "batch_size": 10, "local_epochs": 1, "max_steps": 30},
+    defaults={"lr": 3.0, "batch_size": 10, "local_epochs": 1, "max_steps": 30},
 )
 
 TRANSFORMER = TaskDefinition(
