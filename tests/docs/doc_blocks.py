@@ -19,6 +19,7 @@ from broker.memory import MemoryBroker
 from broker.topology import AGGREGATOR
 from fluffle.cli import cli
 from fluffle.layers import from_toml
+from workers.tasks import CATALOGUE
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -27,6 +28,7 @@ ELSEWHERE = {  # need the network, or a broker: read, not run
     *("data fetch", "broker check", "broker setup", "aggregator", "worker", "status", "pause", "resume", "stop"),
     *("participants list", "participants remove", "participants admit", "chaos"),
 }
+ONLY_SUMS = {name for name, entry in CATALOGUE.items() if not entry.needs_torch}  # they take no training settings
 TRAINING = ("simulate", "central", "local")
 FEWER = 20  # times fewer rounds than the page says
 
@@ -100,7 +102,8 @@ def _fluffle(arguments: list[str], environment: dict[str, str], place: str) -> N
 def shortened(arguments: list[str]) -> list[str]:
     """The same training with few rounds and steps."""
     rounds = int(arguments[arguments.index("--rounds") + 1]) if "--rounds" in arguments else 1
-    return [*arguments, "--rounds", str(max(1, rounds // FEWER)), "--set", "train.max_steps=3"]
+    steps = [] if arguments[1] in ONLY_SUMS else ["--set", "train.max_steps=3"]
+    return [*arguments, "--rounds", str(max(1, rounds // FEWER)), *steps]
 
 
 def parsed(arguments: list[str]) -> str:
