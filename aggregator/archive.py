@@ -128,7 +128,9 @@ class Archive:
             newest = max(pages.values(), key=lambda record: record.rank)
             await asyncio.to_thread(self._write_pages, pages, newest, dict(self._kept))
             if self._behind_s or _carries_its_model(newest):
-                self._checkpoint_at = clock() + max(BEHIND_S, (clock() - began) * (1 / DISK_SHARE - 1))
+                self._checkpoint_at = clock() + max(
+                    self._behind_s, BEHIND_S, (clock() - began) * (1 / DISK_SHARE - 1)
+                )
 
     async def _history_written(self) -> None:
         """The history may be ahead of the newest checkpoint, for `rewind` mends that; never behind it."""

@@ -7,8 +7,6 @@ reads the same stream from the same offset and decides the same. One task decide
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 from functools import partial
 from pathlib import Path
 
@@ -133,8 +131,7 @@ class Aggregator:
             try:
                 await writer.declare(*topology.aggregator_declarations())
                 self._welcome = True
-                name = f"{os.getpid()}-{secrets.token_hex(4)}"
-                self._lead = Lead(reader, writer, topology, name, settings.broker.patience_s)
+                self._lead = Lead(reader, writer, topology, self._around.name(), settings.broker.patience_s)
                 lead = await self._lead.acquire()
                 self._term = Term(self.job, lead, topology, archive, self._around)
                 return await self._term.run()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -56,16 +58,22 @@ def log_notice(event: str, fields: Mapping[str, object]) -> None:
     log.info(event, **fields)
 
 
+def own_name() -> str:
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """Time and listeners, so that tests and simulations bring their own; and the claim-check store, if there is
     one: then large bodies go there and not through the broker.
 
+    `name` makes one for a leader, which must differ from all others.
     `behind_s`: by how many seconds files may lag behind what was committed, where nothing outlives the process
     anyway (see `Archive`).
     """
 
     clock: Callable[[], float] = time.time
+    name: Callable[[], str] = own_name
     behind_s: float = 0.0
     on_report: Callable[[RoundReport], None] = log_report
     on_notice: Notice = log_notice

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,7 +166,7 @@ async def commit(lead: Lead, record: HeadRecord, bodies: Bodies) -> None:
 
 async def mark_end(lead: Lead, topology: Topology, patience_s: float) -> Delivery:
     """A barrier published now into `updates`. Raises LeadershipLost if it does not come back."""
-    barrier = encode(Barrier(nonce=secrets.token_hex(8)))
+    barrier = encode(Barrier(nonce=f"{lead.name} {lead.record.epoch}.{lead.record.seq}"))
     tail = await lead.reader.read(topology.updates, offset="next", prefetch=1)
     await publish(lead.writer, "", topology.updates, barrier, timeout_s=patience_s)
     while (delivery := await tail.get(patience_s)) is not None:

@@ -111,7 +111,7 @@ def run(task: str, partition: str, codec: str, seed: int, down: str = "none") ->
         reports: list[float] = []
         display = LogDisplay()
         display.on_report = lambda report: reports.append(report.metrics["accuracy"])  # type: ignore[method-assign]
-        record = asyncio.run(run_simulation(plan, display)).record
+        record = run_simulation(plan, display).record
         assert isinstance(plan.broker, MemoryBroker)
         sizes = asyncio.run(_sizes(plan.broker, config.broker.federation))
     assert len(sizes) == ROUNDS_OF[task] * PARTICIPANTS

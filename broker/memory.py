@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -157,14 +158,17 @@ class MemoryTransport:
 
 
 class MemoryBroker:
-    """The embedded broker. `access` says what each user may do; without it everybody may do everything."""
+    """The embedded broker. `access` says what each user may do; without it everybody may do everything. `token`
+    makes a text of so many random bytes, by which messages are told apart."""
 
-    def __init__(self, access: Callable[[str], Access] | None = None) -> None:
+    def __init__(
+        self, access: Callable[[str], Access] | None = None, token: Callable[[int], str] = secrets.token_hex
+    ) -> None:
         self._access = access
         self._running = True
         self.blocks_publishers = ""  # why
         self._connections: list[MemoryTransport] = []
-        self.store = Store()
+        self.store = Store(token)
 
     async def connect(self, user: str, *, purpose: str) -> MemoryTransport:
         await asyncio.sleep(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import heappop, heappush
@@ -221,9 +221,10 @@ class Segment:
 class Log(Place):
     """A stream. Readers keep their own position in it, so they cost nothing, however slow or many they are."""
 
-    def __init__(self, spec: Stream) -> None:
+    def __init__(self, spec: Stream, token: Callable[[int], str]) -> None:
         super().__init__()
         self.spec = spec
+        self._token = token
         self.next = 0
         self._entries: dict[int, Entry] = {}
         self._segments = deque([Segment(0)])
@@ -240,7 +241,7 @@ class Log(Place):
         self._came(body)
         if self._segments[-1].size >= self.spec.segment_bytes:
             self._begin_segment()
-        self._entries[self.next] = Entry(body, key, sender, secrets.token_hex(8))
+        self._entries[self.next] = Entry(body, key, sender, self._token(8))
         self._segments[-1].size += len(body)
         self.next += 1
         for reader in self._readers:
@@ -371,8 +372,9 @@ async def _settled(*, accept: bool, requeue: bool) -> None:
 
 @dataclass(slots=True)
 class Store:
-    """Everything that outlives connections."""
+    """Everything that outlives connections. `token` makes a text of so many random bytes."""
 
+    token: Callable[[int], str] = secrets.token_hex
     exchanges: dict[str, Router] = field(default_factory=dict)
     holders: dict[str, Holder] = field(default_factory=dict)
 
@@ -388,7 +390,7 @@ class Store:
     def _declare_holder(self, spec: Queue | Stream) -> None:
         known = self._living(spec.name)
         if known is None:
-            self.holders[spec.name] = _make(spec)
+            self.holders[spec.name] = _make(spec, self.token)
         elif known.spec != spec:
             raise TransportError(
                 f"{spec.name!r} already exists as {known.spec}, not as {spec}: delete it, or declare it as it is"
@@ -459,9 +461,9 @@ class Store:
         )
 
 
-def _make(spec: Queue | Stream) -> Holder:
+def _make(spec: Queue | Stream, token: Callable[[int], str]) -> Holder:
     if isinstance(spec, Stream):
-        return Log(spec)
+        return Log(spec, token)
     if spec.delivery_limit is not None and not spec.replicated:
         raise TransportError(f"queue {spec.name!r} has a delivery_limit, which RabbitMQ offers only if replicated")
     return Backlog(spec)

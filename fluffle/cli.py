@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 import time
@@ -70,8 +69,8 @@ def simulate(asked: Asked, resume: bool, abandon: str, json_target: str | None) 
     display = make_display(f"{config.task} · {config.run.id}", config.stop.rounds, lines=bool(asked.log_format))
     asked.configure_logs(quiet=display.live)
     with display:
-        outcome = asyncio.run(run_simulation(plan, display, abandon=abandon))
-    result = finish(run, config, outcome.record, outcome.wall_s)
+        outcome = run_simulation(plan, display, abandon=abandon)
+    result = finish(run, config, outcome.record, outcome.wall_s, outcome.virtual_s)
     emit(result, summary(result, run), json_target)
 
 

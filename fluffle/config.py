@@ -43,7 +43,7 @@ from aggregator.settings import (
     check_together,
 )
 from broker.errors import ConfigError
-from broker.messages import Federation, Part, RunId, Scalar, Word
+from broker.messages import Federation, Part, RunId, Scalar, Text, Word
 from fluffle.flags import FLAGS
 from workers.attack import Attack
 
@@ -200,6 +200,46 @@ class SimulationSection(Part):
             "within rounding, but not bit for bit what they come to one by one or over RabbitMQ"
         ),
     ] = False
+    virtual_time: Annotated[
+        bool,
+        Field(
+            description="on the embedded broker, the clock jumps over waits: a training takes `simulation.delay`, "
+            "all else takes no time"
+        ),
+    ] = False
+    delay: Annotated[
+        Text,
+        Field(
+            description="seconds of virtual time that a training takes: `constant:SECONDS`, `half-normal:SCALE`, "
+            "`log-normal:MEDIAN,SIGMA` or `trace:FILE`; empty: `constant:1`"
+        ),
+    ] = ""
+    delay_per: Annotated[
+        Literal["task", "participant"],
+        Field(description="a delay is drawn anew for each piece of work, or once: then some are always slow"),
+    ] = "task"
+    dropout: Annotated[
+        float, Field(ge=0, lt=1, description="probability that a participant vanishes in the middle of its work")
+    ] = 0.0
+    back_after: Annotated[
+        Text,
+        Field(description="seconds until it is back, written as simulation.delay is; empty: `constant:60`"),
+    ] = ""
+    available: Annotated[
+        Text,
+        Field(
+            description="when participants are there: `ON/PERIOD`, as 8h/24h, each with a phase of its own, or "
+            "`trace:FILE`; empty: always"
+        ),
+    ] = ""
+    mbit_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="speed of each participant's link in Mbit/s: model and update add their bytes' time to the "
+            "delay; 0: transfers take no time",
+        ),
+    ] = 0.0
 
 
 class SiteSection(Part):

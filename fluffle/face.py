@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +56,6 @@ def _run(config: Config, *, resume: bool) -> Result:
     run = RunDir(config.run_dir)
     run.begin(config, resume=resume)
     with LogDisplay() as display:
-        outcome = asyncio.run(run_simulation(plan, display))
-    summary = finish(run, config, outcome.record, outcome.wall_s)
+        outcome = run_simulation(plan, display)
+    summary = finish(run, config, outcome.record, outcome.wall_s, outcome.virtual_s)
     return Result(summary, load_model(run.model_file), run.path)

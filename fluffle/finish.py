@@ -15,13 +15,15 @@ from fluffle.results import Result, build_result, to_json
 from fluffle.rundir import RunDir
 
 
-def finish(run: RunDir, config: Config, record: HeadRecord, wall_s: float) -> Result:
+def finish(
+    run: RunDir, config: Config, record: HeadRecord, wall_s: float, virtual_s: float | None = None
+) -> Result:
     """Writes `model.safetensors`, `result.json`, `curve.png`, and `best.safetensors` where another version is best.
 
     Raises StateError if the disk refuses.
     """
     with History(run.history_file) as history:
-        result = build_result(config, record, history, wall_s)
+        result = build_result(config, record, history, wall_s, virtual_s)
         reports = history.rounds(record.run_id)
     try:
         _copy_models(run, record)

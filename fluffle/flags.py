@@ -34,6 +34,19 @@ COMMON_FLAGS = (
     Flag("--seed", "run.seed", "N", "Makes data split, initial model and training repeatable."),
 )
 SIMULATION_FLAGS = (
+    Flag("--virtual-time", "simulation.virtual_time", "", "The clock jumps over waits; trainings take --delay."),
+    Flag(
+        "--delay",
+        "simulation.delay",
+        "HOW",
+        "Virtual seconds of a training: constant:S, half-normal:SCALE, log-normal:MEDIAN,SIGMA, trace:FILE.",
+    ),
+    Flag(
+        "--dropout", "simulation.dropout", "P", "Probability that a participant vanishes in the middle of its work."
+    ),
+    Flag(
+        "--available", "simulation.available", "ON/PERIOD", "When participants are there, as 8h/24h; or trace:FILE."
+    ),
     Flag("--vectorise", "simulation.vectorise", "", "Train participants side by side; equal within rounding only."),
     Flag(
         "--attack", "study.attack", "HOW", "What bad participants send: sign-flip:SCALE, gaussian:SIGMA, little:Z."

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aggregator.history import History, RoundReport
+from aggregator.progress import improves, parse_target
 from broker.head import HeadRecord
 from fluffle.config import Config
 
@@ -22,7 +23,9 @@ Result = dict[str, Any]
 HEADLINES = ("accuracy", "rmse")
 
 
-def build_result(config: Config, record: HeadRecord, history: History, wall_s: float) -> Result:
+def build_result(
+    config: Config, record: HeadRecord, history: History, wall_s: float, virtual_s: float | None = None
+) -> Result:
     """One finished run as plain data. Bytes and updates are summed over all rounds."""
     reports = history.rounds(record.run_id)
     return {
@@ -36,10 +39,36 @@ def build_result(config: Config, record: HeadRecord, history: History, wall_s: f
         "updates": dict(history.totals(record.run_id)),
         "bytes": {"up": sum(r.bytes_up for r in reports), "down": sum(r.bytes_down for r in reports)},
         "wall_s": wall_s,
+        "virtual_s": virtual_s,
+        "target": target_of(config, reports, record.started),
         "aggregator_peak_rss_mb": peak_rss_mb(),
         "model_sha256": record.model.sha256 if record.model else "",
         "why_finished": record.finished,
     }
+
+
+def target_of(config: Config, reports: Sequence[RoundReport], started: float) -> Result | None:
+    """The metric that was aimed at, and what it had cost when it was first `reached`; None if it never was.
+
+    `updates` are those that counted. `seconds` are the aggregator's since the run began: virtual ones, if its are.
+    """
+    if not config.stop.target_metric:
+        return None
+    name, value = parse_target(config.stop.target_metric)
+    target = {"metric": name, "value": value, "reached": None}
+    for count, report in enumerate(reports, 1):
+        if name in report.metrics and not improves(name, value, report.metrics[name]):
+            so_far = reports[:count]
+            return target | {
+                "reached": {
+                    "round": report.round,
+                    "model_version": report.version,
+                    "updates": sum(r.accepted for r in so_far if r.work == "train"),
+                    "bytes": {"up": sum(r.bytes_up for r in so_far), "down": sum(r.bytes_down for r in so_far)},
+                    "seconds": report.closed - started,
+                }
+            }
+    return target
 
 
 def central_result(config: Config, outcome: BaselineResult) -> Result:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from random import Random
+from typing import NoReturn
 
 import numpy as np
 import structlog
 
 from aggregator.archive import BEHIND_S
+from aggregator.checkpoints import Checkpoints
 from aggregator.daemon import Aggregator
-from aggregator.job import Surroundings
+from aggregator.job import Surroundings, own_name
 from aggregator.strategies import make_strategy
-from broker.errors import ConfigError, first_known
+from broker.errors import ConfigError, TaskError, first_known
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
 from broker.store import OwnMemory, Store
@@ -30,7 +34,9 @@ from fluffle.crowd import check_credentials, crowd
 from fluffle.display import Display, notice
 from fluffle.jobs import check_metrics, check_strategy, task_job
 from fluffle.learning import shares_of
+from fluffle.presence import Habits, Lag, Presence, habits_of
 from fluffle.stores import keepers_store
+from fluffle.virtual import AtOnce, VirtualLoop
 from workers.attack import attacking
 from workers.definition import BoundTask, Definition
 from workers.journal import MemoryJournal
@@ -50,17 +56,22 @@ ATTACKER_DRAWS = 3  # tells who attacks from what else the seed decides
 log = structlog.get_logger(__name__)
 
 
+VIRTUAL_BEHIND = 100  # median delays that files may be behind in virtual time, where that many take a moment
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The last head record of a simulated run, and the seconds it took."""
+    """The last head record of a simulated run, the seconds it took, and the virtual ones since it first began."""
 
     record: HeadRecord
     wall_s: float
+    virtual_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a simulation needs, found to be possible before anything is written. `attacks`: of each participant."""
+    """What a simulation needs, found to be possible before anything is written. `attacks`: of each participant.
+    `habits`: of participants in virtual time; None: time is real."""
 
     config: Config
     definition: Definition
@@ -68,11 +79,21 @@ class Plan:
     broker: Broker
     store: Store | None
     attacks: Mapping[str, str]
+    habits: Habits | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The clocks of a run in one process, what else differs with them, and how participants share the time."""
+
+    clock: Callable[[], float] = time.time  # Unix seconds
+    stopwatch: Callable[[], float] = time.monotonic
+    behind_s: float = BEHIND_S
+    name: Callable[[], str] = own_name
 
 
 def plan_simulation(config: Config) -> Plan:
     """Loads the task and shares out its data. Raises FluffleError for what cannot work."""
-    broker = _broker(config)
     make_strategy(config.strategy, config.round)
     definition = find_task(config.task)
     definition.check(config.train.chosen())
@@ -82,7 +103,17 @@ def plan_simulation(config: Config) -> Plan:
     if store is None and config.broker.url == "memory":
         store = OwnMemory()
     shares = shares_of(config, definition)
-    return Plan(config, definition, shares, broker, store, attacks_of(config, shares))
+    habits = habits_of(config, [shard.name for shard in shares.shards])
+    config = _in_step(config, habits) if habits else config
+    return Plan(config, definition, shares, _broker(config), store, attacks_of(config, shares), habits)
+
+
+def _in_step(config: Config, habits: Habits) -> Config:
+    """Liveness is in proportion to heartbeats."""
+    beat_s = habits.heartbeat_s(config.broker.heartbeat_s)
+    liveness_s = config.broker.liveness_s * beat_s / config.broker.heartbeat_s
+    broker = config.broker.model_copy(update={"heartbeat_s": beat_s, "liveness_s": liveness_s})
+    return config.model_copy(update={"broker": broker})
 
 
 def attacks_of(config: Config, shares: Shares) -> dict[str, str]:
@@ -100,13 +131,25 @@ def attacks_of(config: Config, shares: Shares) -> dict[str, str]:
 
 def _broker(config: Config) -> Broker:
     if config.broker.url == "memory":
-        return MemoryBroker(Topology(config.broker.federation).access)
+        access = Topology(config.broker.federation).access
+        return MemoryBroker(access, _seeded(config)) if config.simulation.virtual_time else MemoryBroker(access)
     check_credentials(config)
     return rabbit_broker(config.broker)
 
 
-async def run_simulation(plan: Plan, display: Display, *, abandon: str = "") -> Outcome:
+def _seeded(config: Config) -> Callable[[int], str]:
+    """What makes texts of so many random bytes, by the seed: they become part of records."""
+    random = Random(config.run.seed)  # noqa: S311 - nobody must not guess them
+    return lambda count: random.randbytes(count).hex()
+
+
+def run_simulation(plan: Plan, display: Display, *, abandon: str = "") -> Outcome:
     """Runs to the end, or goes on from the broker's record or the checkpoints in the run directory."""
+    with asyncio.Runner(loop_factory=VirtualLoop if plan.habits else None) as runner:
+        return runner.run(_run(plan, display, abandon))
+
+
+async def _run(plan: Plan, display: Display, abandon: str) -> Outcome:
     use_threads()
     display.on_notice("data_shared_out", **_holdings(plan.shares))
     if bad := [name for name, attack in plan.attacks.items() if attack]:
@@ -114,40 +157,79 @@ async def run_simulation(plan: Plan, display: Display, *, abandon: str = "") -> 
     began = time.monotonic()
     try:
         if plan.config.broker.url == "memory":
-            record = await _in_one_process(plan, display)
+            record, virtual_s = await _in_one_process(plan, display)
         else:
-            record = await _in_processes(plan, display, abandon)
+            record, virtual_s = await _in_processes(plan, display, abandon), None
     except ExceptionGroup as failures:
         raise first_known(failures) or failures from failures
-    return Outcome(record, time.monotonic() - began)
+    return Outcome(record, time.monotonic() - began, virtual_s)
 
 
-async def _in_one_process(plan: Plan, display: Display) -> HeadRecord:
-    """All participants share one training thread with one torch thread, so that equal seeds give equal bits."""
+async def _in_one_process(plan: Plan, display: Display) -> tuple[HeadRecord, float | None]:
+    """All participants share one training thread with one torch thread, so that equal seeds give equal bits.
+    Returns the seconds of virtual time, too."""
     await _set_up(plan.broker, Topology(plan.config.broker.federation))
-    thread = Lane("train")
+    timing = await _timing(plan, display)
+    thread = Lane("train", AtOnce("train") if plan.habits else None)
     try:
         task_for = await _learning_tasks(plan, display, thread)
         async with asyncio.TaskGroup() as group:
-            workers = [
-                _worker(plan, Site(name, attacking(task_for(name), attack), MemoryJournal(), thread, plan.store))
+            participants = [
+                _participant(
+                    plan, timing, Site(name, attacking(task_for(name), attack), MemoryJournal(), thread, plan.store)
+                )
                 for name, attack in plan.attacks.items()
             ]
-            for worker in workers:
-                group.create_task(worker.run(), name=worker.participant)
-            record = await _aggregator(plan, display).run()
-            for worker in workers:
-                worker.stop()
+            tasks = [group.create_task(each.run(), name=each.participant) for each in participants]
+            watch = group.create_task(_nobody_is_left(tasks))
+            record = await _aggregator(plan, display, timing).run()
+            virtual_s = timing.clock() - record.started if plan.habits else None
+            watch.cancel()
+            for each in participants:
+                each.stop()
     finally:
         await asyncio.to_thread(thread.shutdown)
-    return record
+    return record, virtual_s
+
+
+async def _nobody_is_left(participants: Sequence[asyncio.Task[None]]) -> NoReturn:
+    """They only end by themselves if they are never there again."""
+    await asyncio.wait(participants)
+    raise TaskError("nobody is ever there again, and the run is not finished: let windows in the trace end later")
+
+
+async def _timing(plan: Plan, display: Display) -> Timing:
+    """The clocks of this run. A virtual one begins at 0, or where the run to go on with had come to."""
+    if plan.habits is None:
+        return Timing()
+    broker, loop = plan.config.broker, asyncio.get_running_loop()
+    begun_s = await asyncio.to_thread(_begun_s, plan.config.run_dir)
+    display.on_notice(
+        "time_made_virtual", from_s=begun_s, heartbeat_s=broker.heartbeat_s, liveness_s=broker.liveness_s
+    )
+    return Timing(
+        clock=lambda: begun_s + loop.time(),
+        stopwatch=loop.time,
+        behind_s=max(BEHIND_S, VIRTUAL_BEHIND * plan.habits.delay.median_s),
+        name=lambda: "simulated",
+    )
+
+
+def _begun_s(directory: Path) -> float:
+    """When the newest checkpoint was committed, as far as it tells."""
+    saved = Checkpoints(directory / "checkpoints").newest()
+    if saved is None:
+        return 0.0
+    opened = saved.open.opened if saved.open else 0.0
+    closed = saved.closed.closed if saved.closed else 0.0
+    return max(saved.started, opened, closed)
 
 
 async def _in_processes(plan: Plan, display: Display, abandon: str) -> HeadRecord:
     if plan.config.simulation.vectorise:
         display.on_notice("trained_one_by_one", reason="over RabbitMQ every participant is a process of its own")
     async with crowd(plan.config, plan.attacks):
-        return await _aggregator(plan, display, abandon).run()
+        return await _aggregator(plan, display, Timing(behind_s=0.0), abandon).run()
 
 
 async def _set_up(broker: Broker, topology: Topology) -> None:
@@ -189,24 +271,33 @@ def _bound(plan: Plan, shard: Shard) -> BoundTask:
     return task
 
 
-def _worker(plan: Plan, site: Site) -> Worker:
+def _participant(plan: Plan, timing: Timing, site: Site) -> Worker | Presence:
     config = plan.config
     settings = WorkerSettings(
         heartbeat_s=config.broker.heartbeat_s,
         patience_s=config.broker.patience_s,
         sizes=Sizes(config.broker.inline_bytes, config.broker.chunk_bytes, config.store.part_bytes),
+        clock=timing.clock,
+        stopwatch=timing.stopwatch,
     )
-    return Worker(site, plan.broker, Topology(config.broker.federation), settings)
+    topology = Topology(config.broker.federation)
+    if plan.habits is None:
+        return Worker(site, plan.broker, topology, settings)
+
+    def make(lag_s: Lag) -> Worker:
+        return Worker(site, plan.broker, topology, replace(settings, lag_s=lag_s))
+
+    return Presence(site.participant, plan.habits, make, timing.clock)
 
 
-def _aggregator(plan: Plan, display: Display, abandon: str = "") -> Aggregator:
+def _aggregator(plan: Plan, display: Display, timing: Timing, abandon: str = "") -> Aggregator:
     job = task_job(plan.config, plan.definition, plan.shares.held_out)
     job = replace(
         job, abandon=abandon, from_checkpoint=True
     )  # the command refuses a used directory unless it is to resume
     around = Surroundings(
         on_report=display.on_report, on_notice=partial(notice, display), store=plan.store,
-        behind_s=BEHIND_S if plan.config.broker.url == "memory" else 0.0,
+        clock=timing.clock, behind_s=timing.behind_s, name=timing.name,
     )  # fmt: skip
     return Aggregator(job, plan.broker, plan.config.run_dir, around)
 

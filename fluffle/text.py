@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from aggregator.history import History, RoundReport
 from fluffle.results import Result, by_round, headline
@@ -16,13 +17,40 @@ def summary(result: Result, run: RunDir) -> str:
     updates = ", ".join(f"{count} {fate}" for fate, count in result["updates"].items())
     sizes = ", ".join(f"{size_text(size)} {way}" for way, size in result["bytes"].items())
     files = "".join(f"  {name:<9}{path}\n" for name, path in run.artefacts().items() if path.exists())
+    virtual = "" if result["virtual_s"] is None else f", {duration_text(result['virtual_s'])} of virtual time"
     return (
         f"\n{result['task']} is finished ({result['why_finished'] or 'stopped'}): "
-        f"version {result['model_version']} after {result['rounds']} rounds in {result['wall_s']:.1f} s\n"
+        f"version {result['model_version']} after {result['rounds']} rounds in {result['wall_s']:.1f} s"
+        f"{virtual}\n"
         f"  {metrics_text(result['metrics']) or 'not evaluated'}\n"
-        f"  updates: {updates}; {sizes}\n\n{files}\n"
+        f"  updates: {updates}; {sizes}\n{target_text(result['target'])}\n{files}\n"
         f"next: fluffle runs show {run.path}    fluffle evaluate {run.path}    fluffle central {result['task']}\n"
     )
+
+
+def target_text(target: Mapping[str, Any] | None) -> str:
+    """When the target metric was reached, and what it took, as a line; nothing if there was no target."""
+    if target is None:
+        return ""
+    wanted, reached = f"{target['metric']} {target['value']:g}", target["reached"]
+    if reached is None:
+        return f"  {wanted} was not reached\n"
+    sizes = ", ".join(f"{size_text(size)} {way}" for way, size in reached["bytes"].items())
+    return (
+        f"  {wanted} reached in round {reached['round']}, after {duration_text(reached['seconds'])}: "
+        f"{reached['updates']} updates counted; {sizes}\n"
+    )
+
+
+def duration_text(seconds: float) -> str:
+    """`12.3 s`, `2 h 05 min` or `6 d 23 h`."""
+    if seconds < 600:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def metrics_text(metrics: Mapping[str, float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from broker.topology import Topology
 from broker.transport import Broker
 from fluffle.chaos.task import Pull
 from workers.journal import Journal, MemoryJournal
+from workers.lane import Lane
 from workers.link import WorkerSettings
 from workers.task import TrainConfig, TrainResult
 from workers.trainer import Sizes
@@ -102,6 +104,8 @@ class Federation:
     tasks: dict[str, Pull] = field(default_factory=dict)
     journals: dict[str, Journal] = field(default_factory=dict)
     store: Store | None = None
+    thread: Lane | None = None  # that all participants train in; None: each has its own
+    clock: Callable[[], float] = time.time
     reports: list[RoundReport] = field(default_factory=list)
     _closed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -110,16 +114,16 @@ class Federation:
         return Job(run, initial=Pull("p00", self.size).initial, **options)  # type: ignore[arg-type]
 
     def aggregator(self, run: RunSettings, around: Surroundings | None = None, **options: object) -> Aggregator:
-        around = around or Surroundings(on_report=self.on_report, store=self.store)
+        around = around or Surroundings(clock=self.clock, on_report=self.on_report, store=self.store)
         return Aggregator(self.job(run, **options), self.broker, self.directory, around)
 
     def worker(
-        self, name: str, lag_s: Callable[[float], float] = lambda _: 0.0, broker: Broker | None = None
+        self, name: str, lag_s: Callable[..., float] = lambda *_: 0.0, broker: Broker | None = None
     ) -> Worker:
         task = self.tasks.setdefault(name, Pull(name, self.size))
         journal = self.journals.setdefault(name, MemoryJournal())
         settings = WorkerSettings(self.heartbeat_s, patience_s=5.0, retry_s=0.2, sizes=self.sizes, lag_s=lag_s)
-        site = Site(name, always(task), journal, store=self.store)
+        site = Site(name, always(task), journal, self.thread or Lane("train"), self.store)
         return Worker(site, broker or self.broker, self.topology, settings)
 
     def on_report(self, report: RoundReport) -> None:
@@ -181,7 +185,7 @@ class Crowd:
     def start(self, *participants: str, lag_s: float = 0.0) -> None:
         """Starts a worker for each, or another one after the first is gone. `lag_s`: how long it seems to train."""
         for name in participants:
-            worker = self.workers[name] = self.federation.worker(name, lambda trained_s: lag_s)
+            worker = self.workers[name] = self.federation.worker(name, lambda *_: lag_s)
             self.running[name] = self.group.create_task(worker.run(), name=name)
 
     async def stop(self, name: str) -> None:

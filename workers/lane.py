@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -25,8 +25,9 @@ class Lane:
     looks and put up after something was appended, so nothing is missed.
     """
 
-    def __init__(self, name: str) -> None:
-        self._pool = ThreadPoolExecutor(1, name)
+    def __init__(self, name: str, pool: Executor | None = None) -> None:
+        """`pool`: another one than a thread of its own; it must do one thing after the other, too."""
+        self._pool = pool or ThreadPoolExecutor(1, name)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finished: deque[Outcome] = deque()
         self._waking = False  # the loop knows that something is finished, and has not looked yet

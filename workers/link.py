@@ -13,7 +13,7 @@ import structlog
 from broker import tensors
 from broker.codecs.difference import advanced
 from broker.errors import AccessRefused, BadMessage, ConfigError, ConnectionLost, TransportError
-from broker.messages import Difference, FromParticipant, TrainRound, Where
+from broker.messages import Difference, FromParticipant, TrainRound, UpdateReady, Where
 from broker.offload import off_loop
 from broker.payloads import PREFETCH, Address, Arrived, Assembly, collect, upload, verify
 from broker.retry import Backoff, publish
@@ -30,16 +30,17 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """Waits, sizes, time, and who is told what the worker does. `lag_s` adds seconds to a training that took so
-    many: to study slow machines."""
+    """Waits, sizes, time, and who is told what the worker does. `lag_s` adds seconds to the work on an order, which
+    came to this update: to study slow machines. `stopwatch` measures how long work takes."""
 
     heartbeat_s: float = 10.0
     patience_s: float = 30.0
     retry_s: float = 10.0  # at the most, between attempts to connect
     sizes: Sizes = field(default_factory=Sizes)
-    lag_s: Callable[[float], float] = lambda trained_s: 0.0  # noqa: ARG005
+    lag_s: Callable[[TrainRound, UpdateReady], float] = lambda told, update: 0.0  # noqa: ARG005
     on_notice: Callable[..., object] = field(default_factory=lambda: _whisper())  # an event's word, and its fields
     clock: Callable[[], float] = time.time
+    stopwatch: Callable[[], float] = time.monotonic
 
 
 def _whisper() -> Callable[..., object]:

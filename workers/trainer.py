@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -69,18 +69,18 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
 
     Raises TaskError if the task returns nonsense, and whatever it raises.
     """
-    began = time.monotonic()
+    began = config.clock()
     told, base = errand.told, tensors.decode(errand.blob)
     body: tensors.Buffer = b""
     codec, owes, trained_s, encoded_s, effective_steps = codecs.NONE, None, 0.0, 0.0, 0.0
     if told.work == "train":
         result = task.train(base, config)
-        trained_s = time.monotonic() - began
+        trained_s = config.clock() - began
         arrays, num_examples, metrics = dict(result.arrays), result.num_examples, result.metrics
         effective_steps = float(result.effective_steps)
         del result  # nobody needs all arrays beside the update that they become
         packed = _packed(arrays, base, errand, config)
-        encoded_s = time.monotonic() - began - trained_s
+        encoded_s = config.clock() - began - trained_s
         body, codec, owes = packed.body, errand.packing.name, _owing(packed, errand)
     else:
         measured = task.evaluate(base)
@@ -97,7 +97,7 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
         arrays=config.wants if body else "none",
         num_examples=num_examples,
         metrics={name: float(value) for name, value in metrics.items()},
-        seconds=time.monotonic() - began,
+        seconds=config.clock() - began,
         effective_steps=effective_steps,
         codec=codec,
     )
@@ -111,6 +111,13 @@ def described(finished: Finished, model: Where | None, sizes: Sizes, *, handed_o
         name = f"{update.participant}/{update.run_id}/{update.task}" if handed_over else ""
         held.update = update.model_copy(update={"body": sizes.describe(held.blob, model, name)})
     return finished
+
+
+def slowed(finished: Finished, lag_s: float) -> Finished:
+    """The same work of a machine that took so much longer."""
+    held = finished.held
+    held.update = held.update.model_copy(update={"seconds": held.update.seconds + lag_s})
+    return replace(finished, trained_s=finished.trained_s + lag_s)
 
 
 def _packed(arrays: Arrays, base: Arrays, errand: Errand, config: TrainConfig) -> codecs.Packed:
@@ -140,10 +147,15 @@ def _owing(packed: codecs.Packed, errand: Errand) -> Residual | None:
     return Residual.of(errand.told, packed.residual) if pays else None
 
 
-def train_config(told: TrainRound, participant: str, should_stop: Callable[[], bool]) -> TrainConfig:
+def train_config(
+    told: TrainRound,
+    participant: str,
+    should_stop: Callable[[], bool],
+    clock: Callable[[], float] = time.monotonic,
+) -> TrainConfig:
     """What the task is told; the seed is the participant's own in this round, whatever the attempt."""
     seed = train_seed(told.seed, participant, told.round, told.turn)
-    return TrainConfig(told.round, seed, told.settings, told.wants, should_stop)
+    return TrainConfig(told.round, seed, told.settings, told.wants, should_stop, clock)
 
 
 def _check(arrays: Arrays, base: Arrays) -> None:

@@ -33,7 +33,7 @@ from workers.link import Link, WorkerSettings
 from workers.residual import Residual
 from workers.status import WorkerStatus, waits_for
 from workers.task import LearningTask, WorkAbandoned
-from workers.trainer import Errand, Finished, carry_out, described, train_config
+from workers.trainer import Errand, Finished, carry_out, described, slowed, train_config
 from workers.upload import Upload
 
 SOFTWARE = f"fluffle {version('fluffle')}"
@@ -303,7 +303,7 @@ class Worker:
         residual = await self._residual(order.told, blob) if order.told.work == "train" else None
         packing = choose(order.told.codecs, len(blob), self._seen)
         errand = Errand(order.told, blob, self.participant, packing, residual)
-        config = train_config(order.told, self.participant, self._abandoned.is_set)
+        config = train_config(order.told, self.participant, self._abandoned.is_set, self._settings.stopwatch)
 
         def work() -> Finished:
             return carry_out(self.site.task_for(order.told), errand, config)
@@ -313,8 +313,11 @@ class Worker:
         in_memory = store is not None and store.hands_over
         size_bytes = 0 if in_memory else len(trained.held.blob)
         finished = await off_loop(size_bytes, described, trained, order.told.model, sizes, handed_over=in_memory)
-        await self._lag(self._settings.lag_s(finished.held.update.seconds))
-        return finished  # what is finished is published, even if it may be late: the ledger shall know
+        lag_s = self._settings.lag_s(order.told, finished.held.update)
+        await self._lag(lag_s)
+        return slowed(
+            finished, lag_s
+        )  # what is finished is published, even if it may be late: the ledger shall know
 
     async def _residual(self, told: TrainRound, blob: Buffer) -> Residual | None:
         """What the updates before owe to this one. Of another run, or another model, it is of no use any more."""

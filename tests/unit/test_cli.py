@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[2]
 class Outcome:
     record: HeadRecord
     wall_s: float
+    virtual_s: float | None = None
 
 
 class Simulation:
@@ -45,7 +46,10 @@ class Simulation:
         self.config: Config | None = None
         self.error: BaseException | None = None
 
-    async def simulate(self, config: Config, display: Display, *, abandon: str = "") -> Outcome:
+    def simulate(self, config: Config, display: Display, *, abandon: str = "") -> Outcome:
+        return asyncio.run(self._simulate(config, display))
+
+    async def _simulate(self, config: Config, display: Display) -> Outcome:
         self.config = config
         if self.error:
             raise self.error

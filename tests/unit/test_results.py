@@ -110,6 +110,8 @@ def test_the_result_has_exactly_what_was_promised(config: Config, run: RunDir, r
         "updates": {"accepted": 2, "late": 1, "rejected": 0, "duplicate": 0},
         "bytes": {"up": 2000, "down": 1000},
         "wall_s": 12.5,
+        "virtual_s": None,
+        "target": None,
         "model_sha256": where(2.0).sha256,
         "why_finished": "all 2 rounds done",
     }
