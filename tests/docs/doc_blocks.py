@@ -28,7 +28,7 @@ ELSEWHERE = {  # need the network, or a broker: read, not run
     *("data fetch", "broker check", "broker setup", "aggregator", "worker", "status", "pause", "resume", "stop"),
     *("participants list", "participants remove", "participants admit", "chaos"),
 }
-ONLY_SUMS = {name for name, entry in CATALOGUE.items() if not entry.needs_torch}  # they take no training settings
+ONLY_SUMS = {"own_table:TASK", *(name for name, entry in CATALOGUE.items() if not entry.needs_torch)}
 TRAINING = ("simulate", "central", "local")
 FEWER = 20  # times fewer rounds than the page says
 
