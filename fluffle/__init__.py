@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from broker.topology import Topology
     from fluffle.face import Result, resume, simulate
     from workers.data import Dataset
+    from workers.estimators import PCA, EstimatorDefinition, GaussianBayes, KMeans, MultinomialBayes, Ridge
     from workers.journal import FileJournal, MemoryJournal
     from workers.link import WorkerSettings
     from workers.preprocess import Preprocess, Reference
@@ -26,19 +27,25 @@ if TYPE_CHECKING:
     from workers.worker import Site, Worker
 
 __all__ = [
+    "PCA",
     "Aggregator",
     "Dataset",
+    "EstimatorDefinition",
     "Evaluation",
     "FederatedScaler",
     "FileJournal",
     "FluffleError",
+    "GaussianBayes",
     "Job",
+    "KMeans",
     "LearningTask",
     "MemoryBroker",
     "MemoryJournal",
+    "MultinomialBayes",
     "Preprocess",
     "Reference",
     "Result",
+    "Ridge",
     "Site",
     "TaskDefinition",
     "Topology",
@@ -55,17 +62,23 @@ __all__ = [
 _HOMES = {
     "Aggregator": "aggregator.daemon",
     "Dataset": "workers.data",
+    "EstimatorDefinition": "workers.estimators",
     "Evaluation": "workers.task",
     "FederatedScaler": "workers.scaler",
     "FileJournal": "workers.journal",
     "FluffleError": "broker.errors",
+    "GaussianBayes": "workers.estimators",
     "Job": "aggregator.job",
+    "KMeans": "workers.estimators",
     "LearningTask": "workers.task",
     "MemoryBroker": "broker.memory",
     "MemoryJournal": "workers.journal",
+    "MultinomialBayes": "workers.estimators",
+    "PCA": "workers.estimators",
     "Preprocess": "workers.preprocess",
     "Reference": "workers.preprocess",
     "Result": "fluffle.face",
+    "Ridge": "workers.estimators",
     "Site": "workers.worker",
     "TaskDefinition": "workers.torch_task",
     "Topology": "broker.topology",

@@ -1,6 +1,6 @@
 """What federated training is compared with: pooled training, and each participant alone.
 
-Both train with the participants' own `TorchTask`, on the same shares of the data, for as many epochs, and are
+Both train with the participants' own learning task, on the same shares of the data, for as many epochs, and are
 measured on the same held-out examples.
 """
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
+from workers.definition import Definition
 from workers.partition import Shares
-from workers.task import Arrays, Scalar, TrainConfig, train_seed
-from workers.torch_task import TaskDefinition, TorchTask
+from workers.task import Arrays, LearningTask, Scalar, TrainConfig, train_seed
 
 CENTRAL = "central"
 
@@ -75,14 +75,14 @@ Report = Callable[[Progress], None]
 
 
 def train_central(
-    definition: TaskDefinition, shares: Shares, settings: BaselineSettings, report: Report = lambda _: None
+    definition: Definition, shares: Shares, settings: BaselineSettings, report: Report = lambda _: None
 ) -> BaselineResult:
     """One model on everybody's training data together, for rounds * local_epochs epochs."""
     return _train(definition.bind(shares.train, shares.held_out, CENTRAL), CENTRAL, settings, report)
 
 
 def train_local(
-    definition: TaskDefinition, shares: Shares, settings: BaselineSettings, report: Report = lambda _: None
+    definition: Definition, shares: Shares, settings: BaselineSettings, report: Report = lambda _: None
 ) -> LocalResult:
     """One model per participant on its own training data, each measured on the central held-out examples."""
     return LocalResult(
@@ -96,7 +96,7 @@ def train_local(
     )
 
 
-def _train(task: TorchTask, participant: str, settings: BaselineSettings, report: Report) -> BaselineResult:
+def _train(task: LearningTask, participant: str, settings: BaselineSettings, report: Report) -> BaselineResult:
     arrays = task.initial()
     history: list[dict[str, float]] = []
     for number in range(1, settings.rounds + 1):

@@ -21,9 +21,8 @@ from fluffle.run_commands import aggregator, initial, worker
 from fluffle.study_commands import compare, sweep
 
 if TYPE_CHECKING:
-    from fluffle.learning import Prediction
+    from workers.definition import Definition, Prediction
     from workers.task import Arrays
-    from workers.torch_task import TaskDefinition
 
 RUNS = Path("runs")
 
@@ -141,7 +140,7 @@ def tasks() -> None:
 
     rows = [(name, entry.summary) for name, entry in CATALOGUE.items()]
     click.echo(columns([("TASK", "WHAT IT LEARNS"), *rows]), nl=False)
-    click.echo("\nYour own: package.module:OBJECT, a TaskDefinition.")
+    click.echo("\nYour own: package.module:OBJECT, a TaskDefinition or an EstimatorDefinition.")
 
 
 @cli.command()
@@ -251,7 +250,7 @@ def predict(model: str, task: str | None, input_file: Path | None, sample: int |
         inputs, truth = read_inputs(input_file, load_data(definition)), None
     else:
         inputs = learning.held_out(definition, most=sample)
-        truth = inputs.y.tolist()
+        truth = inputs.y.reshape(len(inputs), -1)[:, -1].tolist()  # of a sequence, what comes after it
     found = learning.predict(definition, arrays, inputs)
     click.echo(prediction_lines(found, truth), nl=False)
     if dropped := len(inputs) - len(found):
@@ -330,7 +329,7 @@ for _command in (aggregator, worker, initial, broker_group, chaos, *COMMANDS, re
     cli.add_command(_command)
 
 
-def open_model(model: str, task: str | None) -> tuple[Arrays, TaskDefinition]:
+def open_model(model: str, task: str | None) -> tuple[Arrays, Definition]:
     """A model, and the task that it belongs to: the run's, or the one that was named."""
     from fluffle.rundir import find_model, load_model
     from workers.tasks import find_task

@@ -21,13 +21,18 @@ from fluffle.results import Confusion
 from fluffle.rundir import load_model
 from workers.classes import recalls
 from workers.task import LearningTask, is_learning_task
-from workers.tasks import find_object
+from workers.tasks import CATALOGUE, find_object
 
-if TYPE_CHECKING:  # brings torch
-    from workers.torch_task import TaskDefinition
+if TYPE_CHECKING:
+    from workers.definition import Definition
 
 FLTRUST = "fltrust"
-MEASURED = {"accuracy": ("loss", "accuracy", "macro_f1", "macro_recall"), "rmse": ("loss", "rmse", "mae")}
+GO_ON_FROM_BEFORE = ("fedsgd", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedasync", "diloco", "scaffold")
+MEASURED = {
+    "accuracy": ("loss", "accuracy", "macro_f1", "macro_recall"),
+    "rmse": ("loss", "rmse", "mae"),
+    "loss": ("loss",),
+}
 
 
 def run_defaults(*layers: Layer) -> Defaults:
@@ -68,17 +73,18 @@ def run_job(config: Config) -> Job:
     from fluffle.learning import shares_of
 
     check_metrics(config, task)
-    task.recipe(config.train.chosen())
+    task.check(config.train.chosen())
+    check_strategy(config, task)
     needed = config.evaluation.mode == "central" or config.strategy.name == FLTRUST
     return _task_job(config, task, shares_of(config, task).held_out if needed else None, initial)
 
 
-def task_job(config: Config, definition: TaskDefinition, held_out: Any) -> Job:
+def task_job(config: Config, definition: Definition, held_out: Any) -> Job:
     """The job of a simulated aggregator: the examples that nobody trains on are at hand."""
     return _task_job(config, definition, held_out, None)
 
 
-def _task_job(config: Config, definition: TaskDefinition, held_out: Any, initial: Any) -> Job:
+def _task_job(config: Config, definition: Definition, held_out: Any, initial: Any) -> Job:
     if config.strategy.name != FLTRUST:
         return _job(config, definition.bind(held_out=held_out), initial, definition.metric)
     from fluffle.learning import root_of
@@ -87,7 +93,7 @@ def _task_job(config: Config, definition: TaskDefinition, held_out: Any, initial
     return replace(_job(config, definition.bind(held_out=rest), initial, definition.metric), root=root)
 
 
-def check_metrics(config: Config, definition: TaskDefinition) -> None:
+def check_metrics(config: Config, definition: Definition) -> None:
     """Refuses to wait for a metric that nobody measures, with those that somebody does."""
     target = config.stop.target_metric.partition(":")[0]
     judged = config.evaluation.metric or (definition.metric if config.stop.patience else "")
@@ -105,7 +111,7 @@ def check_metrics(config: Config, definition: TaskDefinition) -> None:
             )
 
 
-def _measured(config: Config, definition: TaskDefinition, judged: str) -> list[str]:
+def _measured(config: Config, definition: Definition, judged: str) -> list[str]:
     """The metrics that a run's versions have. Fairness is that of the metric which judges them."""
     mode = config.evaluation.mode
     names = MEASURED[definition.metric] if mode != "none" else ()
@@ -113,7 +119,7 @@ def _measured(config: Config, definition: TaskDefinition, judged: str) -> list[s
     return ["train_loss", *names, *(views_of(viewed(judged)) if is_viewed else ())]
 
 
-def _recalls(config: Config, definition: TaskDefinition) -> list[str]:
+def _recalls(config: Config, definition: Definition) -> list[str]:
     """Which classes have a metric of their own, found by measuring the initial model."""
     from fluffle.learning import evaluate
 
@@ -136,6 +142,21 @@ def confusion_of(config: Config, model: Path) -> Confusion | None:
     return None if found is None else found.tolist()
 
 
+def check_strategy(config: Config, definition: Definition) -> None:
+    """Refuses to put together the means of an estimator in a way that does not give everybody's means."""
+    from workers.estimators import EstimatorDefinition
+
+    chosen = config.strategy
+    whole = chosen.name not in GO_ON_FROM_BEFORE and chosen.server_lr in (0.0, 1.0) and not chosen.clip_norm
+    by_examples = config.round.weights != "equal" and not config.round.is_buffered
+    if isinstance(definition, EstimatorDefinition) and not (whole and by_examples):
+        raise ConfigError(
+            f"task {definition.name!r} needs the mean of all answers of a round, by examples: use strategy.name = "
+            "fedavg (or a robust one), strategy.server_lr = 1, strategy.clip_norm = 0, round.policy = synchronous "
+            "and round.weights = auto"
+        )
+
+
 def _job(config: Config, judge: LearningTask, initial: Any, metric: str) -> Job:
     def evaluate(arrays: Arrays) -> dict[str, float]:
         found = judge.evaluate(arrays)
@@ -154,12 +175,12 @@ def _is_self_sufficient(initial: object, mode: object) -> bool:
 
 
 def _is_plain(task: object) -> bool:
-    """Whether it is no TaskDefinition, but a learning task or what makes one."""
+    """Whether it is no definition, but a learning task or what makes one."""
     return is_learning_task(task) or callable(task)
 
 
 def _task_named(name: str) -> Any:
-    if find_spec("torch") is None and ":" not in name:
+    if name in CATALOGUE and CATALOGUE[name].needs_torch and find_spec("torch") is None:
         raise ConfigError(
             f"torch is not installed here, which task {name!r} needs for its initial model and for evaluation: set "
             f"run.initial to what `fluffle initial {name} FILE` wrote, and evaluation.mode to federated or none"

@@ -32,12 +32,13 @@ from fluffle.brokers import rabbit_broker
 from fluffle.config import Config
 from fluffle.crowd import check_credentials, crowd
 from fluffle.display import Display, notice
-from fluffle.jobs import check_metrics, task_job
+from fluffle.jobs import check_metrics, check_strategy, task_job
 from fluffle.learning import shares_of
 from fluffle.presence import Habits, Lag, Presence, habits_of
 from fluffle.stores import keepers_store
 from fluffle.virtual import AtOnce, VirtualLoop
 from workers.attack import LABEL_FLIP, attacking
+from workers.definition import BoundTask, Definition
 from workers.journal import MemoryJournal
 from workers.lane import Lane
 from workers.link import WorkerSettings
@@ -73,7 +74,7 @@ class Plan:
     `habits`: of participants in virtual time; None: time is real."""
 
     config: Config
-    definition: TaskDefinition
+    definition: Definition
     shares: Shares
     broker: Broker
     store: Store | None
@@ -97,11 +98,12 @@ def plan_simulation(config: Config) -> Plan:
     check_training(config.strategy.name, config.train.chosen(), config.round)
     definition = find_task(config.task)
     check_metrics(config, definition)
+    check_strategy(config, definition)
     store = keepers_store(config.store)
     if store is None and config.broker.url == "memory":
         store = OwnMemory()
     shares = shares_of(config, definition)
-    definition.recipe(config.train.chosen(), shares.train.x.shape[1:])
+    definition.check(config.train.chosen(), shares.train.x.shape[1:])
     habits = habits_of(config, [shard.name for shard in shares.shards])
     config = _in_step(config, habits) if habits else config
     return Plan(config, definition, shares, _broker(config), store, attacks_of(config, shares), habits)
@@ -251,7 +253,10 @@ async def _learning_tasks(plan: Plan, display: Display, thread: Lane) -> Callabl
     return lambda participant: always(tasks[participant])
 
 
-def _together(config: Config, definition: TaskDefinition, tasks: Mapping[str, TorchTask]) -> Together:
+def _together(config: Config, definition: Definition, tasks: Mapping[str, BoundTask]) -> Together:
+    own = {name: task for name, task in tasks.items() if isinstance(task, TorchTask)}
+    if not isinstance(definition, TaskDefinition) or len(own) < len(tasks):
+        raise Unstackable("the task does not train with torch")
     if make_strategy(config.run_settings().combining, config.round).wants != "delta":
         raise Unstackable(f"strategy {config.strategy.name!r} wants more, or other, than trained models")
     if config.round.is_buffered:
@@ -261,10 +266,10 @@ def _together(config: Config, definition: TaskDefinition, tasks: Mapping[str, To
     if config.personal.local or config.personal.ditto:
         raise Unstackable("participants have tensors or models of their own (personal.local, personal.ditto)")
     asked = min(config.round.cohort or len(tasks), len(tasks))
-    return Together(tasks, definition.recipe(config.train.chosen()), asked)
+    return Together(own, definition.recipe(config.train.chosen()), asked)
 
 
-def _bound(plan: Plan, shard: Shard) -> TorchTask:
+def _bound(plan: Plan, shard: Shard) -> BoundTask:
     held_out = shard.held_out if len(shard.held_out) else None
     task = plan.definition.bind(shard.train, held_out, shard.name)
     log.info("data_prepared", participant=shard.name, **task.report.to_dict())

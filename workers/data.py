@@ -40,9 +40,11 @@ MNIST_MD5 = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
-    """Examples: inputs `x` (n, ...) and targets `y` (n,), whole numbers for classes.
+    """Examples: inputs `x` (n, ...) and targets `y` (n,), whole numbers for classes; (n, T) for one at each of T
+    positions of a sequence.
 
-    `group` (n,) names the natural owner of each example, such as the hospital; None if there is none.
+    `group` (n,) names the natural owner of each example, such as the hospital; None if there is none. `in_time`
+    says that each group's examples are in the order of time: the last ones are held out, and not random ones.
     `columns` names the features of a two-dimensional `x`. `source` says in words where the data came from.
     Raises DataError if the lengths disagree.
     """
@@ -53,6 +55,7 @@ class Dataset:
     source: str = ""
     columns: tuple[str, ...] = ()
     group: NDArray[np.str_] | None = None
+    in_time: bool = False
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y) or (self.group is not None and len(self.group) != len(self.x)):
@@ -77,14 +80,16 @@ class Dataset:
 def held_out_mask(dataset: Dataset, fraction: float, seed: int) -> Mask:
     """True for the `fraction` (in [0, 1)) of examples that nobody trains on; shape (n,), the same for equal seeds.
 
-    Every group gives the same fraction. Raises DataError if the fraction is out of range.
+    Every group gives the same fraction: random examples, or the last ones of data that is in time. Raises
+    DataError if the fraction is out of range.
     """
     if not 0 <= fraction < 1:
         raise DataError(f"data set {dataset.name!r}: held_out = {fraction} is not in [0, 1): try 0.2")
     rng = np.random.default_rng(seed)
     mask = np.zeros(len(dataset), dtype=np.bool_)
     for rows in _rows_by_group(dataset):
-        mask[rng.permutation(rows)[: round(fraction * len(rows))]] = True
+        held = round(fraction * len(rows))
+        mask[rows[len(rows) - held :] if dataset.in_time else rng.permutation(rows)[:held]] = True
     return mask
 
 
@@ -97,7 +102,13 @@ def split(dataset: Dataset, fraction: float = 0.2, seed: int = 42) -> tuple[Data
 def _rows_by_group(dataset: Dataset) -> list[Indices]:
     if dataset.group is None:
         return [np.arange(len(dataset))]
-    return [np.flatnonzero(dataset.group == name) for name in np.unique(dataset.group)]
+    return rows_by_name(dataset.group)
+
+
+def rows_by_name(names: NDArray[np.str_]) -> list[Indices]:
+    """For each different name, in order, where it stands (sorted)."""
+    _, number, counts = np.unique(names, return_inverse=True, return_counts=True)
+    return np.split(np.argsort(number.ravel(), kind="stable"), np.cumsum(counts)[:-1])
 
 
 def cache_dir() -> Path:

@@ -2,7 +2,8 @@
 
 `iid` mixes well; `dirichlet:ALPHA` skews the labels (Hsu, Qi and Brown 2019; small ALPHA, strong skew);
 `quantity:ALPHA` skews the sizes and mixes the labels (Li, Diao, Chen and He 2022); `shards:K` sorts by label and
-deals K pieces to each (McMahan et al. 2017); `natural` keeps each group whole.
+deals K pieces to each (McMahan et al. 2017); `natural` keeps each group whole: with as many participants as groups
+each is one, with fewer whole groups are dealt out, the largest first, each to whoever has least by then.
 
 Held-out examples are chosen first, by a seed of their own, then all examples are dealt out: a participant
 evaluates on the held-out examples among its own, and the union of those is the test set for central
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from broker.errors import ConfigError, DataError
 from broker.topology import PARTICIPANT
-from workers.data import Dataset, Indices, Mask, held_out_mask
+from workers.data import Dataset, Indices, Mask, held_out_mask, rows_by_name
 
 FORMS = (
     "iid, dirichlet:ALPHA (ALPHA > 0, such as dirichlet:0.5), quantity:ALPHA (ALPHA > 0, such as quantity:0.5), "
@@ -121,8 +122,9 @@ def participant_names(participants: int) -> list[str]:
 
 
 def shard_names(dataset: Dataset, spec: str, participants: int) -> list[str]:
-    """Who the shards belong to: the groups' names for `natural`, numbers otherwise."""
-    return _group_names(dataset) if spec == "natural" else participant_names(participants)
+    """Who the shards belong to: the groups' names if each participant is one group, numbers otherwise."""
+    names = _group_names(dataset) if spec == "natural" else []
+    return names if len(names) == participants else participant_names(participants)
 
 
 def _assign(dataset: Dataset, spec: str, participants: int, seed: int) -> list[Indices]:
@@ -160,6 +162,7 @@ def _iid(dataset: Dataset, participants: int, rng: Generator) -> list[Indices]:
 
 def _shards(dataset: Dataset, participants: int, rng: Generator, each: int) -> list[Indices]:
     pieces = participants * each
+    _demand_labels(dataset, f"shards:{each}")
     if pieces > len(dataset):
         raise ConfigError(
             f"partition shards:{each} for {participants} participants needs {pieces} pieces, but data set "
@@ -172,6 +175,7 @@ def _shards(dataset: Dataset, participants: int, rng: Generator, each: int) -> l
 
 def _dirichlet(dataset: Dataset, participants: int, rng: Generator, alpha: float) -> list[Indices]:
     """Draws each class's proportions over the participants until everybody has enough examples."""
+    _demand_labels(dataset, f"dirichlet:{alpha:g}")
     if not np.issubdtype(dataset.y.dtype, np.integer):
         raise ConfigError(
             f"partition dirichlet:{alpha:g} needs class labels, but the targets of data set {dataset.name!r} are "
@@ -201,6 +205,14 @@ def _quantity(dataset: Dataset, participants: int, rng: Generator, alpha: float)
     )
 
 
+def _demand_labels(dataset: Dataset, spec: str) -> None:
+    if dataset.y.ndim != 1:
+        raise ConfigError(
+            f"partition {spec} needs one target for each example, but those of data set {dataset.name!r} are "
+            f"sequences of {dataset.y.shape[1:]}: use iid or natural"
+        )
+
+
 def _draw_owners(labels: NDArray[np.integer], participants: int, rng: Generator, alpha: float) -> Indices:
     owner = np.empty(len(labels), dtype=np.intp)
     for label in np.unique(labels):
@@ -212,13 +224,27 @@ def _draw_owners(labels: NDArray[np.integer], participants: int, rng: Generator,
 
 def _natural(dataset: Dataset, participants: int, _: Generator) -> list[Indices]:
     names = _group_names(dataset)
-    if len(names) != participants:
+    if len(names) < participants:
         raise ConfigError(
-            f"partition natural: data set {dataset.name!r} has {len(names)} groups ({', '.join(names[:10])}), "
-            f"not {participants}: ask for {len(names)} participants"
+            f"partition natural: data set {dataset.name!r} has {len(names)} groups ({', '.join(names[:10])}"
+            f"{', ...' if len(names) > 10 else ''}), fewer than {participants}: ask for {len(names)} "
+            "participants or fewer"
         )
-    slugs = np.array([_slug(name) for name in _groups(dataset)])
-    return [np.flatnonzero(slugs == name) for name in names]
+    assert dataset.group is not None
+    by_name = zip(np.unique(dataset.group).tolist(), rows_by_name(dataset.group), strict=True)
+    groups = [rows for _, rows in sorted(by_name, key=lambda pair: _slug(pair[0]))]
+    return groups if len(groups) == participants else _deal_out(groups, participants)
+
+
+def _deal_out(groups: list[Indices], participants: int) -> list[Indices]:
+    """Whole groups, the largest first (the first by name of equals), each to whoever has least by then."""
+    hands: list[list[Indices]] = [[] for _ in range(participants)]
+    held = np.zeros(participants, dtype=np.intp)
+    for group in sorted(groups, key=len, reverse=True):
+        hand = int(held.argmin())
+        hands[hand].append(group)
+        held[hand] += len(group)
+    return [np.concatenate(hand) for hand in hands]
 
 
 def _groups(dataset: Dataset) -> list[str]:

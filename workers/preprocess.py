@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from broker.errors import DataError
 from workers.data import Dataset, Mask
 
-Floats = NDArray[np.float32]
-
 
 @dataclass(frozen=True, slots=True)
 class Reference:
@@ -47,15 +45,19 @@ class Preprocess:
     list from public data). `missing`: rows with NaN are dropped, or kept for a model that handles NaN, such as
     one that begins with FederatedScaler. Rows with infinity, or a target that is not finite, are always
     dropped. `bounds`: values are scaled from these bounds to [0, 1], and clipped to it. `reference`: values
-    become (x - mean) / scale.
+    become (x - mean) / scale. `symbols`: inputs are whole numbers below this, such as characters, and reach the
+    model as they are; 0 for measured values.
     """
 
     keep: tuple[int | str, ...] = ()
     missing: Literal["drop", "keep"] = "drop"
     bounds: tuple[float, float] | None = None
     reference: Reference | None = None
+    symbols: int = 0
 
     def __post_init__(self) -> None:
+        if self.symbols and (self.bounds or self.reference):
+            raise DataError("preprocess.symbols: symbols are not scaled: leave bounds and reference out")
         if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
             raise DataError(f"preprocess.bounds = {self.bounds}: the first must be below the second")
 
@@ -76,15 +78,17 @@ class PreprocessReport:
         return asdict(self)
 
 
-def prepare(dataset: Dataset, steps: Preprocess) -> tuple[Dataset, PreprocessReport]:
-    """The data set as the model takes it: `x` float32, `y` int64 (classes) or float32 (measured).
+def prepare(
+    dataset: Dataset, steps: Preprocess, dtype: type[np.floating[Any]] = np.float32
+) -> tuple[Dataset, PreprocessReport]:
+    """The data set as the model takes it: `x` of this dtype (symbols: uint8 or int64), `y` int64 or alike.
 
     Raises DataError if a step does not fit the data.
     """
     chosen = _keep_columns(dataset, steps.keep)
     usable = _usable_rows(chosen, steps)
     kept = chosen if usable.all() else chosen.take(usable)
-    x = np.array(kept.x, dtype=np.float32, order="C")
+    x = _symbols(kept, steps.symbols) if steps.symbols else np.array(kept.x, dtype=dtype, order="C")
     clipped = _scale(x, steps, dataset.name)
     report = PreprocessReport(
         rows=len(kept),
@@ -94,7 +98,7 @@ def prepare(dataset: Dataset, steps: Preprocess) -> tuple[Dataset, PreprocessRep
         values_missing=int(np.isnan(x).sum()),
         values_clipped=clipped,
     )
-    return replace(kept, x=x, y=_targets(kept.y)), report
+    return replace(kept, x=x, y=_targets(kept.y, dtype)), report
 
 
 def nonzero_columns(public: NDArray[Any]) -> tuple[int, ...]:
@@ -138,7 +142,7 @@ def _all_of_row(values: Mask) -> Mask:
     return np.asarray(values.all(axis=tuple(range(1, values.ndim))))
 
 
-def _scale(x: Floats, steps: Preprocess, name: str) -> int:
+def _scale(x: NDArray[Any], steps: Preprocess, name: str) -> int:
     """Scales in place; returns how many values were clipped."""
     clipped = 0
     if steps.bounds is not None:
@@ -152,14 +156,24 @@ def _scale(x: Floats, steps: Preprocess, name: str) -> int:
     return clipped
 
 
-def _standardise(x: Floats, reference: Reference, name: str) -> None:
+def _standardise(x: NDArray[Any], reference: Reference, name: str) -> None:
     if x.shape[1:] != (len(reference.mean),):
         raise DataError(
             f"data set {name!r}: the reference has {len(reference.mean)} columns, but the inputs are {x.shape}"
         )
-    x -= np.asarray(reference.mean, dtype=np.float32)
-    x /= np.asarray(reference.scale, dtype=np.float32)
+    x -= np.asarray(reference.mean, dtype=x.dtype)
+    x /= np.asarray(reference.scale, dtype=x.dtype)
 
 
-def _targets(y: NDArray[Any]) -> NDArray[Any]:
-    return y.astype(np.int64 if np.issubdtype(y.dtype, np.integer) else np.float32)
+def _symbols(dataset: Dataset, symbols: int) -> NDArray[Any]:
+    """Up to 256 symbols take a byte each."""
+    x = dataset.x
+    if x.size and not (x.min() >= 0 and x.max() < symbols and (x == np.rint(x)).all()):
+        raise DataError(
+            f"data set {dataset.name!r}: inputs must be whole numbers from 0 to {symbols - 1} (preprocess.symbols)"
+        )
+    return np.array(x, dtype=np.uint8 if symbols <= 256 else np.int64, order="C")
+
+
+def _targets(y: NDArray[Any], dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    return y.astype(np.int64 if np.issubdtype(y.dtype, np.integer) else dtype)

@@ -67,7 +67,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A step's examples: `x` (members, rows, ...), `y` and `share` (members, rows).
+    """A step's examples: `x` and `y` (members, rows, ...), `share` (members, rows).
 
     A batch with fewer rows repeats its first example. The `share` of a repeated one in its member's mean loss is 0,
     of the others 1 / n.
@@ -108,7 +108,7 @@ class Models:
         """
         first = {name: values[: len(batch.x)].requires_grad_() for name, values in self.parameters.items()}
         outputs = self._outputs(first, (batch.x,)).flatten(0, 1)
-        each = self._loss_of_each(outputs, batch.y.flatten()).reshape(batch.share.shape)
+        each = self._loss_of_each(outputs, batch.y.flatten(0, 1)).reshape(*batch.share.shape, -1).mean(dim=2)
         losses = (each * batch.share).sum(dim=1)
         found = torch.autograd.grad(losses.sum(), list(first.values()))
         return dict(zip(first, found, strict=True)), losses.detach()

@@ -23,10 +23,12 @@ from broker.errors import ConfigError, DataError, TaskError
 from workers.augment import IMAGE_DIMENSIONS, Augment
 from workers.classes import Tally, tally
 from workers.data import Dataset
+from workers.definition import Prediction
 from workers.imbalance import class_weights, resampled
 from workers.lesson import Lesson, Loss, weighted_cross_entropy
-from workers.modules import arrays_of, build, load_arrays, seeded, views
+from workers.modules import arrays_of, buffer_patterns, build, load_arrays, seeded, views
 from workers.optimisers import optimiser
+from workers.predictions import outputs_of, predictions
 from workers.preprocess import Preprocess, PreprocessReport, prepare
 from workers.recipe import Recipe, recipe
 from workers.scaler import STATISTICS_ROUND, FederatedScaler, local_moments
@@ -77,6 +79,23 @@ class TaskDefinition:
         if remedy == "augment" and inputs is not None and len(inputs) not in IMAGE_DIMENSIONS:
             return f"images, (height, width) or (channels, height, width), and examples have the shape {inputs}"
         return ""
+
+    def check(self, settings: Mapping[str, Scalar], inputs: tuple[int, ...] | None = None) -> None:
+        """Raises ConfigError for training settings that cannot work, as `recipe` does."""
+        self.recipe(settings, inputs)
+
+    def run_defaults(self) -> dict[str, Scalar]:
+        """What the model holds beside parameters is averaged plainly by every strategy."""
+        buffers = buffer_patterns(build(self.model, self.seed))
+        return {"strategy.buffers": ",".join(buffers)} if buffers else {}
+
+    def predict(self, arrays: Arrays, inputs: Dataset) -> list[Prediction]:
+        """What the model says of each input, in order; rows that preprocessing drops are left out."""
+        module = self.model()
+        load_arrays(module, arrays)
+        prepared, _ = prepare(replace(inputs, y=np.arange(len(inputs))), self.preprocess)
+        outputs = outputs_of(module, torch.from_numpy(prepared.x), CHUNK_ROWS)
+        return list(predictions(prepared.y, outputs, self.metric))
 
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"
@@ -208,12 +227,17 @@ class TorchTask:
         )  # fmt: skip
 
     def _lesson(self, chosen: Recipe, seed: int) -> Lesson | None:
-        """How the remedies show examples; None if plainly."""
+        """How the remedies show examples; None if plainly. Raises ConfigError for what sequences cannot bear."""
+        if self.rows.y.ndim > 1 and (unfit := {"sampling", "mixup"}.intersection(chosen.remedies)):
+            raise ConfigError(
+                f"setting train.{min(unfit)} needs one target for each example, and task {self.name!r} has sequences "
+                "of them: leave it out"
+            )
         if not set(chosen.remedies) - {"sampling"}:
             return None
         loss = self._loss
         if chosen.class_weights or chosen.focal_gamma:
-            form, labels = chosen.class_weights, self.rows.y.numpy()
+            form, labels = chosen.class_weights, self.rows.y.flatten().numpy()
             weights = torch.from_numpy(class_weights(labels, form)) if form else None
             loss = weighted_cross_entropy(weights, chosen.focal_gamma)
         augment = Augment.parsed(chosen.augment) if chosen.augment else None
@@ -334,7 +358,7 @@ class TorchTask:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Preprocessed examples: `x` float32 (n, ...), `y` int64 or float32 (n,)."""
+    """Preprocessed examples: `x` float32 (symbols: uint8 or int64), `y` int64 or float32; (n, ...) both."""
 
     x: Tensor
     y: Tensor
@@ -364,7 +388,9 @@ def _accuracy(outputs: Tensor, targets: Tensor) -> dict[str, float]:
 
 
 def _tally(outputs: Tensor, targets: Tensor) -> Tally:
-    return tally(targets.long().numpy(), outputs.argmax(dim=1).numpy(), outputs.shape[1])
+    """Of sequences, outputs (n, classes, T), every position is an example."""
+    true, predicted = targets.long().flatten().numpy(), outputs.argmax(dim=1).flatten().numpy()
+    return tally(true, predicted, outputs.shape[1])
 
 
 def _errors(outputs: Tensor, targets: Tensor) -> dict[str, float]:

@@ -24,6 +24,7 @@ from fluffle.cli import cli
 from fluffle.layers import from_toml
 from fluffle.learning import task_defaults
 from fluffle.sweep import load_sweep
+from workers.tasks import CATALOGUE
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -33,6 +34,7 @@ ELSEWHERE = {  # need the network, or a broker: read, not run
     *("participants list", "participants remove", "participants admit", "chaos"),
 }
 CLUSTERS = {"--dask", "--ray"}
+ONLY_SUMS = {"own_table:TASK", *(name for name, entry in CATALOGUE.items() if not entry.needs_torch)}
 TRAINING = ("simulate", "central", "local")
 FEWER = 20  # times fewer rounds than the page says
 LESS = {"sweep": ("--jobs", "1", "--set", "stop.rounds=2", "--set", "train.max_steps=3")}
@@ -117,7 +119,8 @@ def _cell_in_this_process(job: Job, _: object) -> Outcome:
 def shortened(arguments: list[str]) -> list[str]:
     """The same training with few rounds and steps."""
     rounds = int(arguments[arguments.index("--rounds") + 1]) if "--rounds" in arguments else 1
-    return [*arguments, "--rounds", str(max(1, rounds // FEWER)), "--set", "train.max_steps=3"]
+    steps = [] if arguments[1] in ONLY_SUMS else ["--set", "train.max_steps=3"]
+    return [*arguments, "--rounds", str(max(1, rounds // FEWER)), *steps]
 
 
 def parsed(arguments: list[str]) -> str:

@@ -67,6 +67,13 @@ def test_the_bits_are_those_of_one_process(
     assert sum("worker_attacks" in log.read_text() for log in logs) == ("study.attack" in more)
 
 
+def test_an_estimator_finds_the_same_over_rabbitmq(rabbit: Rabbit, secrets: Path, tmp_path: Path) -> None:
+    alone = simulate("digits-kmeans", {**RUN, "run.dir": str(tmp_path / "alone")})
+    spread = simulate("digits-kmeans", {**RUN, **over(rabbit, secrets), "run.dir": str(tmp_path / "spread")})
+    assert spread.summary["model_sha256"] == alone.summary["model_sha256"]
+    assert spread.summary["metrics"] == alone.summary["metrics"]
+
+
 def test_a_worker_that_fails_ends_it_and_is_quoted(rabbit: Rabbit, secrets: Path, tmp_path: Path) -> None:
     secrets.write_text(secrets.read_text().replace("secret of p02", "forgotten"))
     with pytest.raises(TaskError, match=r"the worker of p02 ended with exit code 1(.|\n)*refused user or password"):

@@ -144,10 +144,26 @@ def test_natural_keeps_groups_whole_and_names_them() -> None:
     assert [(len(s.train), len(s.held_out)) for s in shares.shards] == [(16, 4), (24, 6), (40, 10)]
 
 
+def test_natural_deals_out_whole_groups_to_fewer_participants() -> None:
+    data = grouped(20, 30, 50, 10, 40)
+    shares = share_out(data, Plan(2, "natural"))
+    owners = [set(s.train.group.tolist()) | set(s.held_out.group.tolist()) for s in shares.shards]
+    assert [shard.name for shard in shares.shards] == ["p01", "p02"]
+    assert [sorted(name[5] for name in names) for names in owners] == [["0", "2", "3"], ["1", "4"]]
+    assert len(shares.held_out) == len(share_out(data, Plan(5, "natural")).held_out)
+
+
+def test_labels_are_skewed_only_where_each_example_has_one() -> None:
+    sequences = Dataset(np.zeros((100, 5)), np.zeros((100, 5), int))
+    for spec in ("shards:2", "dirichlet:1"):
+        with pytest.raises(ConfigError, match=r"sequences of \(5,\): use iid or natural"):
+            partition(sequences, spec, 4, 0)
+
+
 def test_natural_refuses_what_cannot_be() -> None:
     with pytest.raises(ConfigError, match="no groups: use iid"):
         partition(labelled(50), "natural", 3, 0)
-    with pytest.raises(ConfigError, match=r"2 groups .* not 3: ask for 2 participants"):
+    with pytest.raises(ConfigError, match=r"2 groups .* fewer than 3: ask for 2 participants"):
         partition(grouped(20, 20), "natural", 3, 0)
     clash = Dataset(np.zeros((2, 1)), np.zeros(2), group=np.array(["A b", "a-B"]))
     with pytest.raises(DataError, match="distinct names"):

@@ -5,24 +5,22 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from broker.errors import ConfigError
+from workers.definition import Definition
 from workers.task import is_learning_task
-
-if TYPE_CHECKING:
-    from workers.torch_task import TaskDefinition
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the catalogue: where the definition is, and what it learns."""
+    """One line of the catalogue: where the definition is, what it learns, and whether that needs torch."""
 
     where: str
     summary: str
+    needs_torch: bool = True
 
 
 CATALOGUE: Mapping[str, Entry] = {
@@ -31,25 +29,51 @@ CATALOGUE: Mapping[str, Entry] = {
     "mnist-cnn": Entry("workers.tasks.mnist:CNN", "handwritten digits, two convolutions"),
     "digits": Entry("workers.tasks.digits:DIGITS", "small handwritten digits (8 x 8), one hidden layer of 128"),
     "heart": Entry("workers.tasks.heart:HEART", "heart disease in four hospitals, logistic regression"),
+    "shakespeare-lstm": Entry(
+        "workers.tasks.shakespeare:LSTM", "next character of a play, 423 speakers, two layers of LSTM"
+    ),
+    "shakespeare-transformer": Entry(
+        "workers.tasks.shakespeare:TRANSFORMER", "next character of a play, 423 speakers, a small transformer"
+    ),
     "diabetes": Entry("workers.tasks.diabetes:DIABETES", "disease progression after a year, linear regression"),
+    "diabetes-ridge": Entry(
+        "workers.tasks.estimators:DIABETES_RIDGE",
+        "disease progression after a year, ridge regression from sums",
+        needs_torch=False,
+    ),
+    "digits-bayes": Entry(
+        "workers.tasks.estimators:DIGITS_BAYES",
+        "small handwritten digits, multinomial naive Bayes from sums",
+        needs_torch=False,
+    ),
+    "digits-kmeans": Entry(
+        "workers.tasks.estimators:DIGITS_KMEANS",
+        "small handwritten digits in ten clusters, k-means",
+        needs_torch=False,
+    ),
+    "digits-pca": Entry(
+        "workers.tasks.estimators:DIGITS_PCA",
+        "small handwritten digits, ten principal components from sums",
+        needs_torch=False,
+    ),
 }
 
 
-def find_task(name: str) -> TaskDefinition:
+def find_task(name: str) -> Definition:
     """A shipped task by its name, or a user's own as `package.module:OBJECT`.
 
     Raises ConfigError, with near names, if there is no such task or its module cannot be imported.
     """
-    from workers.torch_task import TaskDefinition
-
     found = find_object(name)
-    if not isinstance(found, TaskDefinition):
-        raise ConfigError(f"task {name!r} is no TaskDefinition, which this command needs, but {found!r}")
+    if isinstance(found, type) or not isinstance(found, Definition):
+        raise ConfigError(
+            f"task {name!r} is no TaskDefinition or EstimatorDefinition, which this command needs, but {found!r}"
+        )
     return found
 
 
 def find_object(name: str) -> Any:
-    """What a task's name stands for: a TaskDefinition, a LearningTask, or a function that makes one.
+    """What a task's name stands for: a definition, a LearningTask, or a function that makes one.
 
     Raises ConfigError as `find_task` does.
     """
@@ -78,10 +102,8 @@ def find_object(name: str) -> Any:
 
 
 def _is_task(found: object) -> bool:
-    """Whether it is a learning task, or the definition of one; without importing what defines those."""
-    torch_task = sys.modules.get("workers.torch_task")
-    is_definition = torch_task is not None and isinstance(found, torch_task.TaskDefinition)
-    return is_definition or is_learning_task(found)
+    """Whether it is a learning task, or the definition of one."""
+    return (isinstance(found, Definition) and not isinstance(found, type)) or is_learning_task(found)
 
 
 def _near(name: str, known: Iterable[str]) -> str:
