@@ -38,9 +38,11 @@ bench: install rabbitmq  ## what it costs: W1 to W6, beside their references (no
 
 results: install  ## the sweeps of docs/results.md: what is there is not run again (runs/sweeps)
 	mkdir -p benchmarks/results/sweeps
+	FLUFFLE_DATA_DIR=runs/data/full $(BIN)/fluffle data fetch mnist
 	for sweep in $(SWEEPS); do \
-	  $(BIN)/fluffle sweep benchmarks/sweeps/$$sweep.toml --json benchmarks/results/sweeps/$$sweep.json \
-	    --picture docs/results-$$sweep.png || exit 1; \
+	  case $$sweep in *-full) data=full ;; *) data=shipped ;; esac; \
+	  FLUFFLE_DATA_DIR=runs/data/$$data $(BIN)/fluffle sweep benchmarks/sweeps/$$sweep.toml \
+	    --json benchmarks/results/sweeps/$$sweep.json --picture docs/results-$$sweep.png || exit 1; \
 	done
 	$(BIN)/python -m docs.generate
 

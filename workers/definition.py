@@ -46,7 +46,7 @@ class Definition(Protocol):
     def seed(self) -> int: ...
 
     def check(self, settings: Mapping[str, Scalar], inputs: tuple[int, ...] | None = None) -> None:
-        """Raises ConfigError for training settings that cannot work; `inputs`: the shape of an example, if known."""
+        """Raises ConfigError for training settings that cannot work. `inputs`: an example's shape, if known."""
 
     def run_defaults(self) -> dict[str, Scalar]:
         """Settings of a run that this task wants, by dotted name, beside `defaults`."""

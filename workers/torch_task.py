@@ -230,8 +230,8 @@ class TorchTask:
         """How the remedies show examples; None if plainly. Raises ConfigError for what sequences cannot bear."""
         if self.rows.y.ndim > 1 and (unfit := {"sampling", "mixup"}.intersection(chosen.remedies)):
             raise ConfigError(
-                f"setting train.{min(unfit)} needs one target for each example, and task {self.name!r} has sequences "
-                "of them: leave it out"
+                f"setting train.{min(unfit)} needs one target for each example, and task {self.name!r} has "
+                "sequences of them: leave it out"
             )
         if not set(chosen.remedies) - {"sampling"}:
             return None
