@@ -1,6 +1,6 @@
 """What federated training is compared with: pooled training, and each participant alone.
 
-Both train with the participants' own `TorchTask`, on the same shares of the data, for as many epochs, and are
+Both train with the participants' own learning task, on the same shares of the data, for as many epochs, and are
 measured on the same held-out examples.
 """
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
+from workers.definition import BoundTask, Definition
 from workers.partition import Shares
 from workers.task import Arrays, Scalar, TrainConfig, train_seed
-from workers.torch_task import TaskDefinition, TorchTask
 
 CENTRAL = "central"
 
@@ -75,14 +75,14 @@ Report = Callable[[Progress], None]
 
 
 def train_central(
-    definition: TaskDefinition, shares: Shares, settings: BaselineSettings, report: Report = lambda _: None
+    definition: Definition, shares: Shares, settings: BaselineSettings, report: Report = lambda _: None
 ) -> BaselineResult:
     """One model on everybody's training data together, for rounds * local_epochs epochs."""
     return _train(definition.bind(shares.train, shares.held_out, CENTRAL), CENTRAL, settings, report)
 
 
 def train_local(
-    definition: TaskDefinition, shares: Shares, settings: BaselineSettings, report: Report = lambda _: None
+    definition: Definition, shares: Shares, settings: BaselineSettings, report: Report = lambda _: None
 ) -> LocalResult:
     """One model per participant on its own training data, each measured on the central held-out examples."""
     return LocalResult(
@@ -96,12 +96,14 @@ def train_local(
     )
 
 
-def _train(task: TorchTask, participant: str, settings: BaselineSettings, report: Report) -> BaselineResult:
+def _train(task: BoundTask, participant: str, settings: BaselineSettings, report: Report) -> BaselineResult:
     arrays = task.initial()
     history: list[dict[str, float]] = []
+    state: Arrays = {}
     for number in range(1, settings.rounds + 1):
         seed = train_seed(settings.seed, participant, number)
-        arrays = task.train(arrays, TrainConfig(round=number, seed=seed, settings=settings.train)).arrays
+        trained = task.train(arrays, TrainConfig(round=number, seed=seed, settings=settings.train, state=state))
+        arrays, state = trained.arrays, trained.state
         history.append(task.evaluate(arrays).metrics)
         report(Progress(participant, number, settings.rounds, history[-1]))
     return BaselineResult(participant, task.num_examples, history[-1], tuple(history), arrays)

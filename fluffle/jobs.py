@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aggregator.fairness import viewed, views_of
 from aggregator.job import Job
@@ -20,14 +20,16 @@ from fluffle.config import Config, Defaults, Layer, taken_on_trust
 from fluffle.results import Confusion
 from fluffle.rundir import load_model
 from workers.classes import recalls
+from workers.definition import Definition
 from workers.task import LearningTask, is_learning_task
 from workers.tasks import find_object
 
-if TYPE_CHECKING:  # brings torch
-    from workers.torch_task import TaskDefinition
-
 FLTRUST = "fltrust"
-MEASURED = {"accuracy": ("loss", "accuracy", "macro_f1", "macro_recall"), "rmse": ("loss", "rmse", "mae")}
+MEASURED = {
+    "accuracy": ("loss", "accuracy", "macro_f1", "macro_recall"),
+    "rmse": ("loss", "rmse", "mae"),
+    "perplexity": ("loss", "perplexity"),
+}
 
 
 def run_defaults(*layers: Layer) -> Defaults:
@@ -73,12 +75,12 @@ def run_job(config: Config) -> Job:
     return _task_job(config, task, shares_of(config, task).held_out if needed else None, initial)
 
 
-def task_job(config: Config, definition: TaskDefinition, held_out: Any) -> Job:
+def task_job(config: Config, definition: Definition, held_out: Any) -> Job:
     """The job of a simulated aggregator: the examples that nobody trains on are at hand."""
     return _task_job(config, definition, held_out, None)
 
 
-def _task_job(config: Config, definition: TaskDefinition, held_out: Any, initial: Any) -> Job:
+def _task_job(config: Config, definition: Definition, held_out: Any, initial: Any) -> Job:
     if config.strategy.name != FLTRUST:
         return _job(config, definition.bind(held_out=held_out), initial, definition.metric)
     from fluffle.learning import root_of
@@ -87,7 +89,7 @@ def _task_job(config: Config, definition: TaskDefinition, held_out: Any, initial
     return replace(_job(config, definition.bind(held_out=rest), initial, definition.metric), root=root)
 
 
-def check_metrics(config: Config, definition: TaskDefinition) -> None:
+def check_metrics(config: Config, definition: Definition) -> None:
     """Refuses to wait for a metric that nobody measures, with those that somebody does."""
     target = config.stop.target_metric.partition(":")[0]
     judged = config.evaluation.metric or (definition.metric if config.stop.patience else "")
@@ -105,7 +107,7 @@ def check_metrics(config: Config, definition: TaskDefinition) -> None:
             )
 
 
-def _measured(config: Config, definition: TaskDefinition, judged: str) -> list[str]:
+def _measured(config: Config, definition: Definition, judged: str) -> list[str]:
     """The metrics that a run's versions have. Fairness is that of the metric which judges them."""
     mode = config.evaluation.mode
     names = MEASURED[definition.metric] if mode != "none" else ()
@@ -113,7 +115,7 @@ def _measured(config: Config, definition: TaskDefinition, judged: str) -> list[s
     return ["train_loss", *names, *(views_of(viewed(judged)) if is_viewed else ())]
 
 
-def _recalls(config: Config, definition: TaskDefinition) -> list[str]:
+def _recalls(config: Config, definition: Definition) -> list[str]:
     """Which classes have a metric of their own, found by measuring the initial model."""
     from fluffle.learning import evaluate
 
@@ -154,7 +156,7 @@ def _is_self_sufficient(initial: object, mode: object) -> bool:
 
 
 def _is_plain(task: object) -> bool:
-    """Whether it is no TaskDefinition, but a learning task or what makes one."""
+    """Whether it is no definition, but a learning task or what makes one."""
     return is_learning_task(task) or callable(task)
 
 

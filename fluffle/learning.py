@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from broker import tensors
-from broker.errors import BadMessage, ConfigError, StateError
+from broker.errors import ConfigError
 from broker.topology import AGGREGATOR
 from fluffle.config import Config
 from workers.assignment import load_data
 from workers.data import Dataset, split
-from workers.modules import buffer_patterns, build, use_threads
+from workers.definition import Definition
+from workers.modules import use_threads
 from workers.partition import Plan, Shares, share_out
-from workers.preprocess import prepare
 from workers.task import Arrays, Evaluation, Scalar, TrainConfig, train_seed
 from workers.tasks import find_task
-from workers.torch_task import CHUNK_ROWS, TaskDefinition
 
 FEW_OWNERS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """For one row of the input: a class and its probability, or a measured value (probability None)."""
-
-    row: int
-    value: float
-    probability: float | None
 
 
 def task_defaults(name: str) -> dict[str, Scalar]:
@@ -44,7 +28,7 @@ def task_defaults(name: str) -> dict[str, Scalar]:
     """
     definition = find_task(name)
     own: dict[str, Scalar] = {f"train.{key}": value for key, value in definition.defaults.items()}
-    if buffers := buffer_patterns(build(definition.model, definition.seed)):
+    if buffers := definition.buffers():
         own["strategy.buffers"] = ",".join(buffers)
     group = load_data(definition).group
     owners = 0 if group is None else len(np.unique(group))
@@ -53,7 +37,7 @@ def task_defaults(name: str) -> dict[str, Scalar]:
     return own
 
 
-def shares_of(config: Config, definition: TaskDefinition) -> Shares:
+def shares_of(config: Config, definition: Definition) -> Shares:
     """The task's data, shared out as the configuration says."""
     plan = Plan(
         participants=config.round.participants,
@@ -67,7 +51,7 @@ def shares_of(config: Config, definition: TaskDefinition) -> Shares:
 
 
 def root_of(
-    config: Config, definition: TaskDefinition, examples: Dataset
+    config: Config, definition: Definition, examples: Dataset
 ) -> tuple[Callable[[Arrays, int], Arrays], Dataset]:
     """How the aggregator trains on the first of the held-out examples, as participants do on theirs; and the rest.
 
@@ -91,42 +75,12 @@ def root_of(
     return root, examples.take(places[size:])
 
 
-def held_out(definition: TaskDefinition, most: int | None = None) -> Dataset:
+def held_out(definition: Definition, most: int | None = None) -> Dataset:
     """The examples that nobody trains on, the first `most`; how the others were shared out does not matter."""
     examples = split(load_data(definition), definition.held_out, definition.seed)[1]
     return examples.take(np.arange(len(examples))[:most])
 
 
-def evaluate(definition: TaskDefinition, arrays: Arrays) -> Evaluation:
+def evaluate(definition: Definition, arrays: Arrays) -> Evaluation:
     """Measures a model on the held-out examples."""
     return definition.bind(held_out=held_out(definition)).evaluate(arrays)
-
-
-def predict(definition: TaskDefinition, arrays: Arrays, inputs: Dataset) -> list[Prediction]:
-    """What the model says of each input, in order; rows that preprocessing drops are left out.
-
-    Raises StateError if the model is not of this task.
-    """
-    module = definition.model()
-    try:
-        tensors.check_like(arrays, {name: value.numpy() for name, value in module.state_dict().items()})
-    except BadMessage as error:
-        raise StateError(f"the model is not one of task {definition.name!r}: {error}") from None
-    module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
-    numbered = replace(inputs, y=np.arange(len(inputs)))
-    prepared, _ = prepare(numbered, definition.preprocess)
-    module.eval()
-    with torch.inference_mode():
-        parts = [module(x) for x in torch.split(torch.from_numpy(prepared.x), CHUNK_ROWS)] if len(prepared) else []
-    return list(_predictions(definition, prepared.y, parts))
-
-
-def _predictions(definition: TaskDefinition, rows: NDArray[Any], parts: Sequence[Tensor]) -> Iterator[Prediction]:
-    outputs = torch.cat(list(parts)).double() if parts else torch.empty(0, 1)
-    if definition.metric == "accuracy":
-        best = outputs.softmax(dim=1).max(dim=1)
-        for row, value, probability in zip(rows, best.indices, best.values, strict=True):
-            yield Prediction(int(row), int(value), float(probability))
-    else:
-        for row, value in zip(rows, outputs.reshape(len(rows)), strict=True):
-            yield Prediction(int(row), float(value), None)

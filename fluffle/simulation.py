@@ -38,6 +38,7 @@ from fluffle.presence import Habits, Lag, Presence, habits_of
 from fluffle.stores import keepers_store
 from fluffle.virtual import AtOnce, VirtualLoop
 from workers.attack import LABEL_FLIP, attacking
+from workers.definition import BoundTask, Definition
 from workers.journal import MemoryJournal
 from workers.lane import Lane
 from workers.link import WorkerSettings
@@ -46,7 +47,7 @@ from workers.partition import Shard, Shares
 from workers.stacked import Unstackable
 from workers.tasks import find_task
 from workers.together import Together
-from workers.torch_task import TaskDefinition, TorchTask
+from workers.torch_task import TorchTask
 from workers.trainer import Sizes
 from workers.worker import Site, TaskFor, Worker, always
 
@@ -73,7 +74,7 @@ class Plan:
     `habits`: of participants in virtual time; None: time is real."""
 
     config: Config
-    definition: TaskDefinition
+    definition: Definition
     shares: Shares
     broker: Broker
     store: Store | None
@@ -251,7 +252,7 @@ async def _learning_tasks(plan: Plan, display: Display, thread: Lane) -> Callabl
     return lambda participant: always(tasks[participant])
 
 
-def _together(config: Config, definition: TaskDefinition, tasks: Mapping[str, TorchTask]) -> Together:
+def _together(config: Config, definition: Definition, tasks: Mapping[str, BoundTask]) -> Together:
     if make_strategy(config.run_settings().combining, config.round).wants != "delta":
         raise Unstackable(f"strategy {config.strategy.name!r} wants more, or other, than trained models")
     if config.round.is_buffered:
@@ -260,11 +261,14 @@ def _together(config: Config, definition: TaskDefinition, tasks: Mapping[str, To
         raise Unstackable("some participants train on flipped labels")
     if config.personal.local or config.personal.ditto:
         raise Unstackable("participants have tensors or models of their own (personal.local, personal.ditto)")
+    stackable = {name: task for name, task in tasks.items() if isinstance(task, TorchTask)}
+    if len(stackable) < len(tasks):
+        raise Unstackable("the task has a way of its own to train")
     asked = min(config.round.cohort or len(tasks), len(tasks))
-    return Together(tasks, definition.recipe(config.train.chosen()), asked)
+    return Together(stackable, definition.recipe(config.train.chosen()), asked)
 
 
-def _bound(plan: Plan, shard: Shard) -> TorchTask:
+def _bound(plan: Plan, shard: Shard) -> BoundTask:
     held_out = shard.held_out if len(shard.held_out) else None
     task = plan.definition.bind(shard.train, held_out, shard.name)
     log.info("data_prepared", participant=shard.name, **task.report.to_dict())

@@ -10,20 +10,18 @@ import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 
 from broker.errors import ConfigError, DataError, FluffleError
 from broker.messages import TrainRound
 from workers.data import Dataset, split
+from workers.definition import Definition
 from workers.partition import Plan, Shard, share_out
 from workers.tables import read_examples
 from workers.task import LearningTask, is_learning_task
 from workers.tasks import CATALOGUE, find_object
-
-if TYPE_CHECKING:  # brings torch
-    from workers.torch_task import TaskDefinition
 
 SHARE = "share"  # of the task's data, as the run shares it out
 ALL = "all"  # that the task loads here
@@ -71,14 +69,14 @@ class Assignment:
         from workers.modules import use_threads
 
         use_threads(self._holding.threads)
-        definition: TaskDefinition = found
+        definition: Definition = found
         shard = self._shard(definition, told)
         held_out = shard.held_out if len(shard.held_out) else None
         task = definition.bind(shard.train, held_out, shard.name)
         log.info("data_prepared", participant=shard.name, source=shard.train.source, **task.report.to_dict())
         return task
 
-    def _shard(self, definition: TaskDefinition, told: TrainRound) -> Shard:
+    def _shard(self, definition: Definition, told: TrainRound) -> Shard:
         participant, place = self._holding.participant, self._holding.data
         if place == SHARE or (not place and definition.name in CATALOGUE):
             return _share(definition, told, participant)
@@ -89,7 +87,7 @@ class Assignment:
         return Shard(participant, *split(data, definition.held_out, definition.seed))
 
 
-def load_data(definition: TaskDefinition, place: str = "") -> Dataset:
+def load_data(definition: Definition, place: str = "") -> Dataset:
     """The task's data set, from `place` if its `load` takes one. Raises DataError, as `load` is the user's code."""
     try:
         return definition.load(place) if _wants_place(definition) else definition.load()
@@ -102,7 +100,7 @@ def load_data(definition: TaskDefinition, place: str = "") -> Dataset:
         ) from error
 
 
-def _wants_place(definition: TaskDefinition) -> bool:
+def _wants_place(definition: Definition) -> bool:
     return bool(inspect.signature(definition.load).parameters)
 
 
@@ -122,7 +120,7 @@ def _made(make: Callable[..., Any], name: str, holding: Holding) -> LearningTask
     return task
 
 
-def _share(definition: TaskDefinition, told: TrainRound, participant: str) -> Shard:
+def _share(definition: Definition, told: TrainRound, participant: str) -> Shard:
     participants, partition = told.data.get("participants"), told.data.get("partition")
     if not isinstance(participants, int) or not isinstance(partition, str):
         raise ConfigError(

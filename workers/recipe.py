@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from broker.errors import ConfigError
@@ -67,7 +67,8 @@ class Recipe:
         for name in ("beta_1", "beta_2"):
             _demand(name, getattr(self, name), "in [0, 1)", fits=0 <= getattr(self, name) < 1)
         _demand("eps", self.eps, "above 0 and at most 1", fits=0 < self.eps <= 1)
-        _demand("weight_decay", self.weight_decay, "0 to 1 / train.lr", fits=0 <= self.weight_decay * self.lr < 1)
+        shrinks = self.optimiser != ADAMW or 0 <= self.weight_decay * self.lr < 1
+        _demand("weight_decay", self.weight_decay, "0 to 1 / train.lr", fits=shrinks)
         _demand("max_seconds", self.max_seconds, "0 (no limit) or more", fits=0 <= self.max_seconds < math.inf)
         _demand("focal_gamma", self.focal_gamma, "0 (off) to 20", fits=0 <= self.focal_gamma <= 20)
         _demand("mixup", self.mixup, "0 (off) to 100", fits=0 <= self.mixup <= 100)
@@ -83,17 +84,18 @@ class Recipe:
         """The names of those that are on."""
         return tuple(name for name in REMEDIES if getattr(self, name))
 
-    def effective_steps(self, steps: int) -> float:
+    def effective_steps(self, steps: int, scales: Sequence[float] = ()) -> float:
         """What a constant gradient of 1 moves the parameters by in so many steps, in units of `lr`: `steps`, more
-        with momentum, less with `mu`. It is the norm of a_i in FedNova (Wang et al., 2020, section 4). For AdamW,
-        whose steps do not depend on the gradient's size, it is not known: 0."""
+        with momentum, less with `mu`; `scales` are each step's size in units of `lr`, if they differ. It is the
+        norm of a_i in FedNova (Wang et al., 2020, section 4). For AdamW, whose steps do not depend on the
+        gradient's size, it is not known: 0."""
         if self.optimiser == ADAMW:
             return 0.0
         speed = moved = 0.0
-        for _ in range(steps):
+        for scale in scales or (1.0,) * steps:
             speed = self.momentum * speed + 1 - self.mu * self.lr * moved
-            moved += speed
-        return max(1.0, moved)
+            moved += scale * speed
+        return moved if scales else max(1.0, moved)
 
 
 def recipe(settings: Mapping[str, Scalar]) -> Recipe:

@@ -12,25 +12,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from broker.errors import ConfigError, DataError, TaskError
+from broker.errors import BadMessage, ConfigError, DataError, StateError, TaskError
+from broker.tensors import check_like
 from workers.augment import IMAGE_DIMENSIONS, Augment
 from workers.classes import Tally, tally
 from workers.data import Dataset
+from workers.definition import Prediction
 from workers.imbalance import class_weights, resampled
 from workers.lesson import Lesson, Loss, weighted_cross_entropy
-from workers.modules import arrays_of, build, load_arrays, seeded, views
+from workers.modules import arrays_of, buffer_patterns, build, load_arrays, seeded, views
 from workers.optimisers import optimiser
 from workers.preprocess import Preprocess, PreprocessReport, prepare
 from workers.recipe import Recipe, recipe
 from workers.scaler import STATISTICS_ROUND, FederatedScaler, local_moments
 from workers.task import Arrays, Evaluation, Scalar, TrainConfig, TrainResult, WorkAbandoned
+from workers.terms import add_penalty, correct, origin, pull_back
 
 LESSON_DRAWS = 4  # tells a lesson's random numbers from those that shuffle
 CHUNK_ROWS = 2048  # most examples in one pass through the model, so that full batches fit into memory
@@ -86,6 +90,40 @@ class TaskDefinition:
         Raises DataError if the training data is empty, before or after preprocessing, or does not fit.
         """
         return TorchTask(self, train, held_out, participant)
+
+    def buffers(self) -> list[str]:
+        """Patterns for what the model holds beside parameters."""
+        return buffer_patterns(build(self.model, self.seed))
+
+    def predict(self, arrays: Arrays, inputs: Dataset) -> list[Prediction]:
+        """What the model says of each input, in order; rows that preprocessing drops are left out.
+
+        Raises StateError if the model is not of this task.
+        """
+        module = self.model()
+        try:
+            check_like(arrays, {name: value.numpy() for name, value in module.state_dict().items()})
+        except BadMessage as error:
+            raise StateError(f"the model is not one of task {self.name!r}: {error}") from None
+        load_arrays(module, arrays)
+        numbered = replace(inputs, y=np.arange(len(inputs)))
+        prepared, _ = prepare(numbered, self.preprocess)
+        module.eval()
+        x = torch.from_numpy(prepared.x)
+        with torch.inference_mode():
+            parts = [module(x) for x in torch.split(x, CHUNK_ROWS)] if len(prepared) else []
+        outputs = torch.cat(parts).double() if parts else torch.empty(0, 1)
+        return predictions(prepared.y, outputs, classes=self.metric == "accuracy")
+
+
+def predictions(rows: NDArray[Any], outputs: Tensor, *, classes: bool) -> list[Prediction]:
+    """Of outputs (n, classes) the best class and its probability, of others (n, 1) the value."""
+    if not classes:
+        values = outputs.reshape(len(rows)).tolist()
+        return [Prediction(int(row), value, None) for row, value in zip(rows, values, strict=True)]
+    best = outputs.softmax(dim=1).max(dim=1)
+    found = zip(rows, best.indices.tolist(), best.values.tolist(), strict=True)
+    return [Prediction(int(row), value, probability) for row, value, probability in found]
 
 
 class TorchTask:
@@ -177,7 +215,7 @@ class TorchTask:
     def _descend(self, chosen: Recipe, config: TrainConfig) -> TrainResult:
         steps = optimiser(chosen, self.module, config.state)
         losses: list[tuple[float, int]] = []
-        origin = _origin(self.module, config) if chosen.mu else {}
+        start = origin(self.module, config) if chosen.mu else {}
         correction = {name: torch.from_numpy(array) for name, array in config.correction.items()}
         began = config.clock()
         lesson = self._lesson(chosen, config.seed)
@@ -185,8 +223,8 @@ class TorchTask:
             if config.should_stop():
                 raise WorkAbandoned(f"task {self.name!r}: told to stop after {len(losses)} steps")
             losses.append((self.backward(batch, chosen, lesson), len(batch)))
-            _pull_back(self.module, chosen.mu, origin)
-            _correct(self.module, correction)
+            pull_back(self.module, chosen.mu, start)
+            correct(self.module, correction)
             steps.step(self.module)
             if chosen.max_seconds and config.clock() - began >= chosen.max_seconds:
                 break
@@ -282,7 +320,7 @@ class TorchTask:
             total += share.item()
         if not math.isfinite(total):
             raise self._diverged(f"the loss is {total}", chosen)
-        _add_penalty(self.module, chosen.l2)
+        add_penalty(self.module, chosen.l2)
         return total
 
     def _forward(self, x: Tensor, y: Tensor, function: Loss | None = None) -> tuple[Tensor, Tensor]:
@@ -392,32 +430,3 @@ def batches(examples: int, chosen: Recipe, seed: int, labels: Tensor | None = No
             steps += 1
             if steps == chosen.max_steps:
                 return
-
-
-def _add_penalty(module: nn.Module, l2: float) -> None:
-    if l2 == 0:
-        return
-    for parameter in module.parameters():
-        if parameter.grad is not None and parameter.ndim > 1:
-            parameter.grad.add_(parameter.detach(), alpha=l2)
-
-
-def _origin(module: nn.Module, config: TrainConfig) -> dict[str, Tensor]:
-    """The parameters to which a proximal term pulls: those that were told, or those that the module has now."""
-    if config.origin is None:
-        return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    return {name: torch.from_numpy(config.origin[name].copy()) for name, _ in module.named_parameters()}
-
-
-def _correct(module: nn.Module, correction: Mapping[str, Tensor]) -> None:
-    """Adds what SCAFFOLD told to the gradient."""
-    for name, parameter in module.named_parameters() if correction else ():
-        if name in correction and parameter.grad is not None:
-            parameter.grad.add_(correction[name])
-
-
-def _pull_back(module: nn.Module, mu: float, origin: Mapping[str, Tensor]) -> None:
-    """Adds mu (w - x) to the gradient."""
-    for name, parameter in module.named_parameters() if mu else ():
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter.detach() - origin[name], alpha=mu)

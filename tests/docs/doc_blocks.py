@@ -24,6 +24,7 @@ from fluffle.cli import cli
 from fluffle.layers import from_toml
 from fluffle.learning import task_defaults
 from fluffle.sweep import load_sweep
+from workers.tasks import CATALOGUE
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -33,6 +34,7 @@ ELSEWHERE = {  # need the network, or a broker: read, not run
     *("participants list", "participants remove", "participants admit", "chaos"),
 }
 CLUSTERS = {"--dask", "--ray"}
+FETCHED = {name for name, entry in CATALOGUE.items() if entry.needs} | {"runs/spam"}  # need what is not shipped
 TRAINING = ("simulate", "central", "local")
 FEWER = 20  # times fewer rounds than the page says
 LESS = {"sweep": ("--jobs", "1", "--set", "stop.rounds=2", "--set", "train.max_steps=3")}
@@ -99,7 +101,7 @@ def _bash(block: Block) -> None:
 
 def _fluffle(arguments: list[str], environment: dict[str, str], place: str) -> None:
     name = parsed(arguments)
-    if name in ELSEWHERE or "amqp" in place or CLUSTERS & set(arguments):
+    if name in ELSEWHERE or "amqp" in place or CLUSTERS & set(arguments) or FETCHED & set(arguments):
         return
     shorter = shortened(arguments) if name in TRAINING else [*arguments, *LESS.get(name, ())]
     with patch("fluffle.pools.run_cell", _cell_in_this_process):

@@ -5,26 +5,25 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from broker.errors import ConfigError
+from workers.definition import Definition, is_definition
 from workers.task import is_learning_task
-
-if TYPE_CHECKING:
-    from workers.torch_task import TaskDefinition
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the catalogue: where the definition is, and what it learns."""
+    """One line of the catalogue: where the definition is, what it learns, and what must be got before."""
 
     where: str
     summary: str
+    needs: str = ""
 
 
+FETCHED = "pip install 'fluffle[llm]', fluffle data fetch minilm, fluffle data fetch spam-assassin"
 CATALOGUE: Mapping[str, Entry] = {
     "mnist-logreg": Entry("workers.tasks.mnist:LOGREG", "handwritten digits, softmax regression"),
     "mnist-2nn": Entry("workers.tasks.mnist:TWO_LAYERS", "handwritten digits, two hidden layers of 200"),
@@ -32,24 +31,27 @@ CATALOGUE: Mapping[str, Entry] = {
     "digits": Entry("workers.tasks.digits:DIGITS", "small handwritten digits (8 x 8), one hidden layer of 128"),
     "heart": Entry("workers.tasks.heart:HEART", "heart disease in four hospitals, logistic regression"),
     "diabetes": Entry("workers.tasks.diabetes:DIABETES", "disease progression after a year, linear regression"),
+    "spam-lora": Entry(
+        "workers.tasks.spam:SPAM",
+        "spam among mails, LoRA adapters of MiniLM (22.7 million parameters)",
+        needs=FETCHED,
+    ),
 }
 
 
-def find_task(name: str) -> TaskDefinition:
+def find_task(name: str) -> Definition:
     """A shipped task by its name, or a user's own as `package.module:OBJECT`.
 
     Raises ConfigError, with near names, if there is no such task or its module cannot be imported.
     """
-    from workers.torch_task import TaskDefinition
-
     found = find_object(name)
-    if not isinstance(found, TaskDefinition):
-        raise ConfigError(f"task {name!r} is no TaskDefinition, which this command needs, but {found!r}")
+    if not is_definition(found):
+        raise ConfigError(f"task {name!r} is no TaskDefinition or HfTask, which this command needs, but {found!r}")
     return found
 
 
 def find_object(name: str) -> Any:
-    """What a task's name stands for: a TaskDefinition, a LearningTask, or a function that makes one.
+    """What a task's name stands for: a definition, a LearningTask, or a function that makes one.
 
     Raises ConfigError as `find_task` does.
     """
@@ -78,10 +80,7 @@ def find_object(name: str) -> Any:
 
 
 def _is_task(found: object) -> bool:
-    """Whether it is a learning task, or the definition of one; without importing what defines those."""
-    torch_task = sys.modules.get("workers.torch_task")
-    is_definition = torch_task is not None and isinstance(found, torch_task.TaskDefinition)
-    return is_definition or is_learning_task(found)
+    return is_definition(found) or is_learning_task(found)
 
 
 def _near(name: str, known: Iterable[str]) -> str:
