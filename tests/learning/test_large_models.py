@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ pytest.importorskip("transformers", reason="needs large models: pip install 'flu
 pytest.importorskip("peft", reason="needs large models: pip install 'fluffle[llm]'")
 
 import torch
+from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -27,6 +30,8 @@ from transformers import (
 )  # fmt: skip
 
 from broker.errors import ConfigError, DataError, StateError, TaskError
+from fluffle import simulate
+from fluffle.cli import cli
 from workers.data import Dataset
 from workers.hf.definition import HfTask
 from workers.hf.export import write_adapter, write_merged
@@ -342,3 +347,28 @@ def test_plain_transformers_and_peft_load_what_is_exported(folders: tuple[Path, 
         assert found.indices.tolist() == [prediction.value for prediction in mine]
         np.testing.assert_allclose(found.values, [prediction.probability for prediction in mine], atol=1e-5)
         assert (found.indices.numpy() == held_out.y).mean() == pytest.approx(after["accuracy"])
+
+
+def test_a_federation_trains_one_and_the_command_exports_it(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("small_large")
+    module.__dict__["TASK"] = classifier(folders[0], load=lambda: reviews())
+    monkeypatch.setitem(sys.modules, "small_large", module)
+    run = {
+        "round.participants": 3,
+        "data.partition": "dirichlet:0.5",
+        "stop.rounds": 2,
+        "simulation.vectorise": True,
+    }
+    first, second = (
+        simulate("small_large:TASK", {**run, "run.dir": str(tmp_path / name), "simulation.vectorise": name == "b"})
+        for name in ("a", "b")
+    )
+    assert first.summary["model_sha256"] == second.summary["model_sha256"]
+    assert first.summary["updates"]["accepted"] == 6
+    done = CliRunner().invoke(cli, ["export", str(tmp_path / "a"), str(tmp_path / "out"), "--format", "peft"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    done = CliRunner().invoke(cli, ["predict", str(tmp_path / "a"), "--sample", "2"])
+    assert done.output.startswith("row,prediction,probability,truth\n0,"), done.output
