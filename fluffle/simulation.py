@@ -104,6 +104,7 @@ def plan_simulation(config: Config) -> Plan:
         store = OwnMemory()
     shares = shares_of(config, definition)
     definition.check(config.train.chosen(), shares.train.x.shape[1:])
+    definition.bind()  # reads a large base model while nothing waits
     habits = habits_of(config, [shard.name for shard in shares.shards])
     config = _in_step(config, habits) if habits else config
     return Plan(config, definition, shares, _broker(config), store, attacks_of(config, shares), habits)

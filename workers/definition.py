@@ -1,13 +1,12 @@
-"""What the commands need of a task: with torch it is a `TaskDefinition`, without an `EstimatorDefinition`."""
+"""What the commands need of a task, whatever it trains with. Needs no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from workers.data import Dataset
-from workers.preprocess import PreprocessReport
 from workers.task import Arrays, LearningTask, Scalar
 
 
@@ -20,15 +19,27 @@ class Prediction:
     probability: float | None
 
 
-class BoundTask(LearningTask, Protocol):
-    """One participant's learning task; `report` says what preprocessing did to its data."""
+class Report(Protocol):
+    """What preparing one participant's data did."""
 
-    report: PreprocessReport
+    def to_dict(self) -> dict[str, int]: ...
+
+
+class BoundTask(LearningTask, Protocol):
+    """One participant's learning task, with what was done to its data."""
+
+    @property
+    def report(self) -> Report: ...
 
 
 @runtime_checkable
 class Definition(Protocol):
-    """What everybody agrees on: a model and how it learns, the data, and which of it is held out."""
+    """What everybody agrees on: a model and how it learns, the data, and which of it is held out: a
+    `TaskDefinition` or `HfTask`, or without torch an `EstimatorDefinition`.
+
+    `load` gets the whole data set, or one participant's own from where it is told. `held_out` is the share of
+    examples nobody trains on; `seed` draws those and the initial model.
+    """
 
     @property
     def name(self) -> str: ...
@@ -58,3 +69,8 @@ class Definition(Protocol):
 
     def predict(self, arrays: Arrays, inputs: Dataset) -> list[Prediction]:
         """What this model says of each input, in order; rows that preprocessing drops are left out."""
+
+
+def is_definition(found: Any) -> TypeGuard[Definition]:
+    """Whether it is one; a class of definitions is none."""
+    return isinstance(found, Definition) and not isinstance(found, type)

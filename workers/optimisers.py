@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from workers.recipe import ADAMW, Recipe
 from workers.task import Arrays
+from workers.terms import Parameters
 
 FIRST, SECOND, STEPS = "m/", "v/", "steps"
 
@@ -19,14 +20,14 @@ log = structlog.get_logger(__name__)
 
 
 class Optimiser(Protocol):
-    def step(self, module: nn.Module) -> None:
-        """Moves the parameters by their gradients; may write over those."""
+    def step(self, module: Parameters, scale: float = 1.0) -> None:
+        """Moves the parameters by their gradients, `scale` times `lr` as far; may write over those."""
 
     def state(self) -> Arrays:
         """What the next round's steps begin with, as copies; empty if they begin anew."""
 
 
-def optimiser(chosen: Recipe, module: nn.Module, state: Arrays) -> Optimiser:
+def optimiser(chosen: Recipe, module: Parameters, state: Arrays) -> Optimiser:
     """The optimiser that the recipe names, going on from `state` as it was left by the last."""
     return AdamW(chosen, module, state) if chosen.optimiser == ADAMW else Sgd(chosen)
 
@@ -38,14 +39,14 @@ class Sgd:
         self._chosen = chosen
         self._velocity: dict[str, Tensor] = {}
 
-    def step(self, module: nn.Module) -> None:
+    def step(self, module: Parameters, scale: float = 1.0) -> None:
         with torch.no_grad():
             for name, parameter, step in _gradients(module):
                 if self._chosen.momentum:
                     if name in self._velocity:
                         step.add_(self._velocity[name], alpha=self._chosen.momentum)
                     self._velocity[name] = step  # zero_grad lets go of it, so nobody else writes to it
-                parameter.sub_(step, alpha=self._chosen.lr)
+                parameter.sub_(step, alpha=scale * self._chosen.lr)
 
     def state(self) -> Arrays:
         return {}
@@ -62,7 +63,7 @@ class AdamW:
     One that does not fit the module's parameters is forgotten.
     """
 
-    def __init__(self, chosen: Recipe, module: nn.Module, state: Arrays) -> None:
+    def __init__(self, chosen: Recipe, module: Parameters, state: Arrays) -> None:
         self._chosen = chosen
         own = dict(module.named_parameters())
         if state and not _fits(state, own):
@@ -72,16 +73,16 @@ class AdamW:
         self._m = {name: _begun(state, FIRST + name, values) for name, values in own.items()}
         self._v = {name: _begun(state, SECOND + name, values) for name, values in own.items()}
 
-    def step(self, module: nn.Module) -> None:
-        chosen = self._chosen
+    def step(self, module: Parameters, scale: float = 1.0) -> None:
+        chosen, lr = self._chosen, scale * self._chosen.lr
         self._steps += 1
         first, second = 1 - chosen.beta_1**self._steps, 1 - chosen.beta_2**self._steps
         with torch.no_grad():
             for name, parameter, gradient in _gradients(module):
-                parameter.mul_(1 - chosen.lr * chosen.weight_decay)
+                parameter.mul_(1 - lr * chosen.weight_decay)
                 m = self._m[name].lerp_(gradient, 1 - chosen.beta_1)
                 v = self._v[name].mul_(chosen.beta_2).addcmul_(gradient, gradient, value=1 - chosen.beta_2)
-                parameter.addcdiv_(m, (v / second).sqrt_().add_(chosen.eps), value=-chosen.lr / first)
+                parameter.addcdiv_(m, (v / second).sqrt_().add_(chosen.eps), value=-lr / first)
 
     def state(self) -> Arrays:
         found = {FIRST + name: values.numpy() for name, values in self._m.items()}
@@ -89,7 +90,7 @@ class AdamW:
         return {**found, STEPS: np.array(self._steps)}
 
 
-def _gradients(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _gradients(module: Parameters) -> Iterator[tuple[str, Tensor, Tensor]]:
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
             yield name, parameter, parameter.grad

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from broker.errors import ConfigError
@@ -84,17 +84,18 @@ class Recipe:
         """The names of those that are on."""
         return tuple(name for name in REMEDIES if getattr(self, name))
 
-    def effective_steps(self, steps: int) -> float:
+    def effective_steps(self, steps: int, scales: Sequence[float] = ()) -> float:
         """What a constant gradient of 1 moves the parameters by in so many steps, in units of `lr`: `steps`, more
-        with momentum, less with `mu`. It is the norm of a_i in FedNova (Wang et al., 2020, section 4). For AdamW,
-        whose steps do not depend on the gradient's size, it is not known: 0."""
+        with momentum, less with `mu`; `scales` are each step's size in units of `lr`, if they differ. It is the
+        norm of a_i in FedNova (Wang et al., 2020, section 4). For AdamW, whose steps do not depend on the
+        gradient's size, it is not known: 0."""
         if self.optimiser == ADAMW:
             return 0.0
         speed = moved = 0.0
-        for _ in range(steps):
+        for scale in scales or (1.0,) * steps:
             speed = self.momentum * speed + 1 - self.mu * self.lr * moved
-            moved += speed
-        return max(1.0, moved)
+            moved += scale * speed
+        return moved if scales else max(1.0, moved)
 
 
 def recipe(settings: Mapping[str, Scalar]) -> Recipe:

@@ -14,21 +14,23 @@ from broker.errors import DataError
 from workers.data import Dataset
 
 TARGET = "target"  # the column, or the array `y`, that is to be learnt
+TEXT, PAIR = "text", "pair"  # the columns of texts
 
 
 def read_inputs(path: Path, like: Dataset) -> Dataset:
     """Inputs from `.npz` (an array named `x`) or `.csv`, shaped like the task's data. Raises DataError.
 
     A CSV file has the data's column names in its first line, in any order, or without names as many values a
-    row as an example has; an empty cell is a missing value.
+    row as an example has; an empty cell is a missing value. Texts are in a CSV file's column `text`, and the second
+    of a pair in `pair`.
     """
-    x = _values(path, "x", like.columns)
+    x = _texts(path) if _has_texts(like) else _values(path, "x", like.columns)
     return _shaped(path, x, np.zeros(len(x), dtype=np.int64), like)
 
 
 def read_examples(path: Path, like: Dataset) -> Dataset:
     """Inputs as `read_inputs` reads them, with their targets: the array `y`, or the column `target`."""
-    x = _values(path, "x", like.columns or tuple(name for name in _names(path) if name != TARGET))
+    x = _texts(path) if _has_texts(like) else _values(path, "x", like.columns or _columns(path))
     y = _values(path, "y", (TARGET,)).reshape(len(x))
     if np.issubdtype(like.y.dtype, np.integer):
         if not (np.isfinite(y) & (y == np.rint(y))).all():
@@ -37,6 +39,28 @@ def read_examples(path: Path, like: Dataset) -> Dataset:
             )
         y = y.astype(np.int64)
     return _shaped(path, x, y, like)
+
+
+def _has_texts(like: Dataset) -> bool:
+    return like.x.dtype == object
+
+
+def _texts(path: Path) -> NDArray[Any]:
+    """(n,), or (n, 2) with the column `pair`. Raises DataError."""
+    try:
+        lines = _lines(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as texts: {error}") from None
+    names = lines[0] if lines else []
+    if TEXT not in names:
+        raise DataError(f"{path}: column {TEXT!r} is missing: texts come as .csv whose first line names it")
+    places = [names.index(name) for name in (TEXT, PAIR) if name in names]
+    texts = np.array([[line[place] for place in places] for line in lines[1:]], dtype=object)
+    return texts[:, 0] if len(places) == 1 else texts
+
+
+def _columns(path: Path) -> tuple[str, ...]:
+    return tuple(name for name in _names(path) if name != TARGET)
 
 
 def _shaped(path: Path, x: NDArray[Any], y: NDArray[Any], like: Dataset) -> Dataset:

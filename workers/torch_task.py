@@ -33,6 +33,7 @@ from workers.preprocess import Preprocess, PreprocessReport, prepare
 from workers.recipe import Recipe, recipe
 from workers.scaler import STATISTICS_ROUND, FederatedScaler, local_moments
 from workers.task import Arrays, Evaluation, Scalar, TrainConfig, TrainResult, WorkAbandoned
+from workers.terms import add_penalty, correct, origin, pull_back
 
 LESSON_DRAWS = 4  # tells a lesson's random numbers from those that shuffle
 CHUNK_ROWS = 2048  # most examples in one pass through the model, so that full batches fit into memory
@@ -196,7 +197,7 @@ class TorchTask:
     def _descend(self, chosen: Recipe, config: TrainConfig) -> TrainResult:
         steps = optimiser(chosen, self.module, config.state)
         losses: list[tuple[float, int]] = []
-        origin = _origin(self.module, config) if chosen.mu else {}
+        start = origin(self.module, config) if chosen.mu else {}
         correction = {name: torch.from_numpy(array) for name, array in config.correction.items()}
         began = config.clock()
         lesson = self._lesson(chosen, config.seed)
@@ -204,8 +205,8 @@ class TorchTask:
             if config.should_stop():
                 raise WorkAbandoned(f"task {self.name!r}: told to stop after {len(losses)} steps")
             losses.append((self.backward(batch, chosen, lesson), len(batch)))
-            _pull_back(self.module, chosen.mu, origin)
-            _correct(self.module, correction)
+            pull_back(self.module, chosen.mu, start)
+            correct(self.module, correction)
             steps.step(self.module)
             if chosen.max_seconds and config.clock() - began >= chosen.max_seconds:
                 break
@@ -306,7 +307,7 @@ class TorchTask:
             total += share.item()
         if not math.isfinite(total):
             raise self._diverged(f"the loss is {total}", chosen)
-        _add_penalty(self.module, chosen.l2)
+        add_penalty(self.module, chosen.l2)
         return total
 
     def _forward(self, x: Tensor, y: Tensor, function: Loss | None = None) -> tuple[Tensor, Tensor]:
@@ -418,32 +419,3 @@ def batches(examples: int, chosen: Recipe, seed: int, labels: Tensor | None = No
             steps += 1
             if steps == chosen.max_steps:
                 return
-
-
-def _add_penalty(module: nn.Module, l2: float) -> None:
-    if l2 == 0:
-        return
-    for parameter in module.parameters():
-        if parameter.grad is not None and parameter.ndim > 1:
-            parameter.grad.add_(parameter.detach(), alpha=l2)
-
-
-def _origin(module: nn.Module, config: TrainConfig) -> dict[str, Tensor]:
-    """The parameters to which a proximal term pulls: those that were told, or those that the module has now."""
-    if config.origin is None:
-        return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    return {name: torch.from_numpy(config.origin[name].copy()) for name, _ in module.named_parameters()}
-
-
-def _correct(module: nn.Module, correction: Mapping[str, Tensor]) -> None:
-    """Adds what SCAFFOLD told to the gradient."""
-    for name, parameter in module.named_parameters() if correction else ():
-        if name in correction and parameter.grad is not None:
-            parameter.grad.add_(correction[name])
-
-
-def _pull_back(module: nn.Module, mu: float, origin: Mapping[str, Tensor]) -> None:
-    """Adds mu (w - x) to the gradient."""
-    for name, parameter in module.named_parameters() if mu else ():
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter.detach() - origin[name], alpha=mu)

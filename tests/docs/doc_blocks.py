@@ -35,6 +35,7 @@ ELSEWHERE = {  # need the network, or a broker: read, not run
 }
 CLUSTERS = {"--dask", "--ray"}
 ONLY_SUMS = {"own_table:TASK", *(name for name, entry in CATALOGUE.items() if not entry.needs_torch)}
+FETCHED = {name for name, entry in CATALOGUE.items() if entry.needs} | {"runs/spam"}  # need what is not shipped
 TRAINING = ("simulate", "central", "local")
 FEWER = 20  # times fewer rounds than the page says
 LESS = {"sweep": ("--jobs", "1", "--set", "stop.rounds=2", "--set", "train.max_steps=3")}
@@ -101,7 +102,7 @@ def _bash(block: Block) -> None:
 
 def _fluffle(arguments: list[str], environment: dict[str, str], place: str) -> None:
     name = parsed(arguments)
-    if name in ELSEWHERE or "amqp" in place or CLUSTERS & set(arguments):
+    if name in ELSEWHERE or "amqp" in place or CLUSTERS & set(arguments) or FETCHED & set(arguments):
         return
     shorter = shortened(arguments) if name in TRAINING else [*arguments, *LESS.get(name, ())]
     with patch("fluffle.pools.run_cell", _cell_in_this_process):

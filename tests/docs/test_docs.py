@@ -8,6 +8,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ from fluffle.config import SECTIONS, settings
 from fluffle.layers import NOT_SETTINGS
 from fluffle.learning import task_defaults
 from fluffle.sweep import load_sweep
+from workers.hf.recipe import Tuning
 from workers.tasks import CATALOGUE
 
 DOCS = ROOT / "docs"
@@ -116,7 +118,7 @@ def test_named_files_exist(page: Path) -> None:
 @each_page
 def test_named_settings_exist(page: Path) -> None:
     text = page.read_text("utf-8")
-    names = {setting.name for setting in settings()}
+    names = {setting.name for setting in settings()} | {f"train.{field.name}" for field in fields(Tuning)}
     named = re.findall(rf"\b(?:{'|'.join(SECTIONS)})\.[a-z][a-z0-9_]*\b", "\n".join(CODE_SPAN.findall(text)))
     assert {name for name in named if not name.endswith((".py", ".toml"))} <= names
     variables = set(re.findall(r"FLUFFLE_[A-Z_]*[A-Z]", text))

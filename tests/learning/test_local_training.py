@@ -266,7 +266,7 @@ _train_personal = own.train_personal
 @pytest.mark.parametrize(
     ("place", "broken"),
     [
-        ("workers.torch_task._origin", own_start),
+        ("workers.torch_task.origin", own_start),
         ("workers.own.Own.judged", lambda self, base: base),
         ("workers.trainer.train_personal", not_held),
         ("workers.trainer.train_personal", half_lambda),
@@ -323,9 +323,9 @@ def test_a_mistake_in_fedbn_is_caught(place: str, broken: Any, monkeypatch: pyte
     ids=["no correction", "wrong sign"],
 )
 def test_a_mistake_in_the_correction_is_caught(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_task, "_correct", broken)
+    monkeypatch.setattr(torch_task, "correct", broken)
     with pytest.raises(AssertionError):
         check_correction()
 
 
-_correct = torch_task._correct
+_correct = torch_task.correct

@@ -457,12 +457,12 @@ def with_buffers(module: nn.Module, mu: float, origin: dict[str, Tensor]) -> Non
             buffer.sub_(buffer, alpha=0.5)
 
 
-pull_back = torch_task._pull_back
+pull_back = torch_task.pull_back
 
 
 @pytest.mark.parametrize("mistake", [toward_the_moving_w, twice_as_strong, of_the_norm, away, with_buffers])
 def test_a_mistake_in_the_proximal_term_is_caught(mistake: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_task, "_pull_back", mistake)
+    monkeypatch.setattr(torch_task, "pull_back", mistake)
     with pytest.raises(AssertionError):
         check_proximal()
 

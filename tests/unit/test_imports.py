@@ -12,7 +12,7 @@ import pytest
 from broker import tensors
 from fluffle.chaos.processes import ROOT
 
-HEAVY = ("torch", "matplotlib", "sklearn", "scipy", "pandas")
+HEAVY = ("torch", "transformers", "peft", "matplotlib", "sklearn", "scipy", "pandas")
 UNTIL_THE_LOOP = f"""
 import asyncio, sys
 from fluffle.cli import main
@@ -65,3 +65,12 @@ def test_help_imports_nothing_at_all(tmp_path: Path) -> None:
         line, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout.strip()) == (0, "")
+
+
+def test_a_large_model_brings_transformers_only_when_it_is_bound(tmp_path: Path) -> None:
+    code = "import sys, workers.tasks.spam, workers.hf.export; print({'transformers', 'peft'} & sys.modules.keys())"
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(
+        line, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "set()")

@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from broker.errors import ConfigError
-from workers.definition import Definition
+from workers.definition import Definition, is_definition
 from workers.task import is_learning_task
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the catalogue: where the definition is, what it learns, and whether that needs torch."""
+    """One line of the catalogue: where the definition is, what it learns, whether that needs torch, and what must
+    be got before."""
 
     where: str
     summary: str
     needs_torch: bool = True
+    needs: str = ""
 
 
+FETCHED = "pip install 'fluffle[llm]', fluffle data fetch minilm, fluffle data fetch spam-assassin"
 CATALOGUE: Mapping[str, Entry] = {
     "mnist-logreg": Entry("workers.tasks.mnist:LOGREG", "handwritten digits, softmax regression"),
     "mnist-2nn": Entry("workers.tasks.mnist:TWO_LAYERS", "handwritten digits, two hidden layers of 200"),
@@ -56,6 +59,11 @@ CATALOGUE: Mapping[str, Entry] = {
         "small handwritten digits, ten principal components from sums",
         needs_torch=False,
     ),
+    "spam-lora": Entry(
+        "workers.tasks.spam:SPAM",
+        "spam among mails, LoRA adapters of MiniLM (22.7 million parameters)",
+        needs=FETCHED,
+    ),
 }
 
 
@@ -65,9 +73,10 @@ def find_task(name: str) -> Definition:
     Raises ConfigError, with near names, if there is no such task or its module cannot be imported.
     """
     found = find_object(name)
-    if isinstance(found, type) or not isinstance(found, Definition):
+    if not is_definition(found):
         raise ConfigError(
-            f"task {name!r} is no TaskDefinition or EstimatorDefinition, which this command needs, but {found!r}"
+            f"task {name!r} is no TaskDefinition, EstimatorDefinition or HfTask, which this command needs, but "
+            f"{found!r}"
         )
     return found
 
@@ -103,7 +112,7 @@ def find_object(name: str) -> Any:
 
 def _is_task(found: object) -> bool:
     """Whether it is a learning task, or the definition of one."""
-    return (isinstance(found, Definition) and not isinstance(found, type)) or is_learning_task(found)
+    return is_definition(found) or is_learning_task(found)
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,211 @@
+"""The base model: where it is, what its identity is, and what of it is trained.
+
+Everybody starts from the same base, which does not travel. Its identity travels with the model, as the name of an
+array: the aggregator refuses updates whose names are other ones, so nobody can change it, nor average it away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from threading import RLock
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from broker.errors import ConfigError, DataError, TaskError
+from workers.modules import seeded
+from workers.task import Arrays
+
+Kind = Literal["classifier", "causal"]
+IDENTITY = "base.sha256."
+FILES = ("config.json", "*.safetensors", "tokenizer*.json", "vocab.*", "merges.txt", "spiece.model", "*.model")
+REMEDY = "pip install 'fluffle[llm]'"
+NAMES = ("SEQ_CLS", "CAUSAL_LM")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """Which model it is and how it is trained. `where`: a folder, a name on the Hugging Face hub (at `revision`),
+    or a function that finds the folder. `adapter`: PEFT's configuration; None trains the parameters themselves but
+    those that a pattern in `frozen` names."""
+
+    where: str | Path | Callable[[], Path]
+    kind: Kind
+    revision: str = ""
+    classes: int = 2
+    adapter: Mapping[str, Any] | None = None
+    frozen: tuple[str, ...] = ()
+    seed: int = 42
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A loaded base with what is trained of it. `parameters` travel, by their names there; `initial` are their
+    first values. Whoever uses `module` holds `lock`, for all tasks of a process share it."""
+
+    module: nn.Module
+    tokenizer: Any
+    identity: str
+    parameters: Mapping[str, nn.Parameter]
+    initial: Arrays
+    has_adapter: bool
+    lock: RLock = field(default_factory=RLock)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.parameters.items()
+
+    @property
+    def mark(self) -> str:
+        """The name of the array that tells the identity."""
+        return IDENTITY + self.identity
+
+    def arrays(self) -> Arrays:
+        """What travels, as copies."""
+        values = {name: parameter.detach().numpy().copy() for name, parameter in self.parameters.items()}
+        return {**values, self.mark: np.zeros((), np.float32)}
+
+    def load(self, arrays: Arrays) -> None:
+        """Copies the arrays into the module. Raises TaskError if they are of another base, or do not fit."""
+        self._check_base(arrays)
+        if arrays.keys() != {*self.parameters, self.mark}:
+            missing, unknown = (
+                sorted(self.parameters.keys() - arrays.keys()),
+                sorted(arrays.keys() - self.parameters),
+            )
+            raise TaskError(
+                f"the arrays are not what this task trains (missing {missing[:3]}, unknown {unknown[:3]}): do both "
+                "sides have the same adapter, and the same `frozen`?"
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                array = arrays[name]
+                if array.shape != tuple(parameter.shape) or array.dtype != np.float32:
+                    raise TaskError(
+                        f"array {name!r} is {array.dtype} {array.shape}, and this task trains float32 "
+                        f"{tuple(parameter.shape)}: do both sides have the same adapter?"
+                    )
+                parameter.copy_(torch.from_numpy(array.copy()))
+
+    def _check_base(self, arrays: Arrays) -> None:
+        found = [name.removeprefix(IDENTITY) for name in arrays if name.startswith(IDENTITY)]
+        if found != [self.identity]:
+            other = f"base model {found[0][:12]}..." if found else "no base model that they name"
+            raise TaskError(
+                f"the arrays belong to {other}, and here is {self.identity[:12]}... (sha256 of configuration, "
+                "weights and tokenizer files): get the same base as the others, the same revision of it"
+            )
+
+
+def load(base: Base) -> Model:
+    """Reads the base, and prepares what is trained. Raises ConfigError without the extra, or for settings that do
+    not fit the model; DataError if the base is not there."""
+    try:
+        import peft
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"large models need what is not installed here ({error}): {REMEDY}") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = find(base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with warnings.catch_warnings(), seeded(base.seed):
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers 5 by an old name
+        try:
+            module = _read(base, folder, tokenizer)
+            if base.adapter is not None:
+                module = peft.get_peft_model(module, _configuration(base))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ConfigError(f"base model {folder}: {type(error).__name__}: {error}") from error
+    parameters = _trained(module, base)
+    model = Model(module, tokenizer, identity(folder), parameters, {}, base.adapter is not None)
+    model.initial.update(model.arrays())
+    return model
+
+
+def find(base: Base) -> Path:
+    """The folder with the base's files; one that is on the hub is downloaded once. Raises DataError."""
+    where = base.where() if callable(base.where) else base.where
+    folder = Path(where).expanduser()
+    if folder.is_dir():
+        return folder
+    if isinstance(where, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where):
+        raise DataError(f"base model {where}: there is no such folder")
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.snapshot_download(where, revision=base.revision or None, allow_patterns=list(FILES))
+    except Exception as error:  # whatever goes wrong over there, the remedy is the same
+        raise DataError(
+            f"base model {where!r} is no folder here, and the hub did not give it ({type(error).__name__}: "
+            f"{error}): name a folder that has it"
+        ) from error
+    return Path(found)
+
+
+def identity(folder: Path) -> str:
+    """The sha256 over names and sha256 of the files that make the model: configuration, weights, tokenizer.
+
+    Raises DataError if there are no weights.
+    """
+    files = sorted({path for pattern in FILES for path in folder.glob(pattern)})
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise DataError(f"base model {folder}: it has no *.safetensors, and weights in other formats are not read")
+    lines = "".join(f"{_sha256(path)}  {path.name}\n" for path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(base: Base, folder: Path, tokenizer: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind: Any = AutoModelForSequenceClassification if base.kind == "classifier" else AutoModelForCausalLM
+    classes = {"num_labels": base.classes} if base.kind == "classifier" else {}
+    module: nn.Module = kind.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, **classes
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config: Any = module.config
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return module
+
+
+def _configuration(base: Base) -> Any:
+    import peft
+
+    task = NAMES[base.kind == "causal"]
+    return peft.get_peft_config({"task_type": task, **dict(base.adapter or {})})
+
+
+def _trained(module: nn.Module, base: Base) -> dict[str, nn.Parameter]:
+    """By the names under which PEFT saves them, else by their own. Raises ConfigError if there are none."""
+    for name, parameter in module.named_parameters():
+        if any(fnmatchcase(name, pattern) for pattern in base.frozen):
+            parameter.requires_grad = False
+    names: dict[int, str] = {}
+    if base.adapter is not None:
+        import peft
+
+        exposed = peft.get_peft_model_state_dict(module, save_embedding_layers=False)
+        names = {values.data_ptr(): name for name, values in exposed.items()}
+    found = {
+        names.get(parameter.data_ptr(), name): parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+    if not found:
+        raise ConfigError("nothing of the model is trained: let `frozen` leave something, or set `adapter`")
+    return found
