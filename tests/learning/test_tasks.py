@@ -40,12 +40,17 @@ def test_the_catalogue_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
-def test_the_catalogue_tells_the_truth_and_every_task_takes_a_step(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if CATALOGUE[name].needs else []) for name in CATALOGUE]
+)
+def test_the_catalogue_tells_the_truth_and_every_task_takes_a_step(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     definition = find_task(name)
     assert (definition.name, definition.summary) == (name, CATALOGUE[name].summary)
     definition.check({})
     if needs := CATALOGUE[name].needs:
+        monkeypatch.delenv("FLUFFLE_DATA_DIR", raising=False)  # what this user fetched
         try:
             definition.load()
             definition.bind()
