@@ -327,6 +327,14 @@ class TrainSection(Part):
     max_seconds: Annotated[
         float | None, Field(ge=0, description="train at most about so long per round; 0: no limit")
     ] = None
+    save_seconds: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            description="how often a training saves its progress, from which a worker that was killed goes on; 60; "
+            "0: never",
+        ),
+    ] = None
     class_weights: Annotated[
         str | None,
         Field(description="rare classes weigh more in the loss: `balanced` or `effective:BETA`; empty: all alike"),

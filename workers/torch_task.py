@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -23,6 +25,7 @@ from broker.errors import ConfigError, DataError, TaskError
 from workers.augment import IMAGE_DIMENSIONS, Augment
 from workers.classes import Tally, tally
 from workers.data import Dataset
+from workers.descent import Descent, Seldom, digest_of
 from workers.imbalance import class_weights, resampled
 from workers.lesson import Lesson, Loss, weighted_cross_entropy
 from workers.modules import arrays_of, build, load_arrays, seeded, views
@@ -175,22 +178,33 @@ class TorchTask:
             raise TaskError(f"task {self.name!r} was bound without training data: it can only evaluate")
 
     def _descend(self, chosen: Recipe, config: TrainConfig) -> TrainResult:
-        steps = optimiser(chosen, self.module, config.state)
-        losses: list[tuple[float, int]] = []
-        origin = _origin(self.module, config) if chosen.mu else {}
+        origin = _origin(self.module, config) if chosen.mu else {}  # before it goes on from where it was
         correction = {name: torch.from_numpy(array) for name, array in config.correction.items()}
-        began = config.clock()
-        lesson = self._lesson(chosen, config.seed)
-        for batch in batches(self.num_examples, chosen, config.seed, self.rows.y):
+        descent, save = self._begun(chosen, config)
+        steps, losses, began = descent.steps, descent.losses, config.clock() - descent.spent_s
+        for batch in islice(batches(self.num_examples, chosen, config.seed, self.rows.y), len(losses), None):
             if config.should_stop():
                 raise WorkAbandoned(f"task {self.name!r}: told to stop after {len(losses)} steps")
-            losses.append((self.backward(batch, chosen, lesson), len(batch)))
+            losses.append((self.backward(batch, chosen, descent.lesson), len(batch)))
             _pull_back(self.module, chosen.mu, origin)
             _correct(self.module, correction)
             steps.step(self.module)
-            if chosen.max_seconds and config.clock() - began >= chosen.max_seconds:
+            spent_s = config.clock() - began
+            if chosen.max_seconds and spent_s >= chosen.max_seconds:
                 break
+            save(spent_s)
         return replace(self.trained(arrays_of(self.module), losses, chosen), state=steps.state())
+
+    def _begun(self, chosen: Recipe, config: TrainConfig) -> tuple[Descent, Callable[[float], None]]:
+        """Where descent begins, or goes on; and what is to be called after every step with the seconds so far."""
+        descent = Descent(
+            self.module, optimiser(chosen, self.module, config.state), self._lesson(chosen, config.seed)
+        )
+        of = cache(lambda: digest_of(f"{self.name} {chosen}", (self.rows.x.numpy(), self.rows.y.numpy())))
+        if config.resume:
+            descent.go_on_from(config.resume, of())
+        seldom = Seldom(chosen.save_seconds, config.clock, descent.spent_s)
+        return descent, lambda spent_s: seldom(spent_s, lambda: config.save(descent.to_arrays(of(), spent_s)))
 
     def trained(self, arrays: Arrays, losses: Sequence[tuple[float, int]], chosen: Recipe) -> TrainResult:
         """What descent came to; `losses` are each step's mean loss and number of examples. Raises TaskError if

@@ -23,6 +23,7 @@ from workers.heap import Freed
 from workers.journal import Held
 from workers.kept import Kept
 from workers.own import Own, train_personal
+from workers.progress import Progress, Saving, Work
 from workers.task import Arrays, LearningTask, TrainConfig, train_seed
 
 CODEC_DRAWS = 1  # tells a codec's random numbers from those of training
@@ -49,7 +50,8 @@ class Sizes:
 @dataclass(frozen=True, slots=True)
 class Errand:
     """What is to be done with which model, for whom, and how the update is encoded. `residual`: what the updates
-    before owe to this one. `own`: what is the participant's own; None: nothing."""
+    before owe to this one. `own`: what is the participant's own; None: nothing. `progress`: what was
+    saved in the middle of some training; `keep` saves more of it."""
 
     told: TrainRound
     blob: tensors.Buffer
@@ -57,12 +59,14 @@ class Errand:
     packing: codecs.Packing
     residual: Kept | None = None
     own: Own | None = None
+    progress: Progress | None = None
+    keep: Callable[[Progress], bool] = lambda _: False
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
     """A finished update, and what it owes to the next if it is counted; None: that does not change. `own`: what
-    is then the participant's own. How long training and encoding took."""
+    is then the participant's own. How long training and encoding took, with what was before a resumed one."""
 
     held: Held
     owes: Kept | None = None
@@ -83,7 +87,9 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
     effective_steps, start_loss, own = 0.0, None, errand.own or Own(told)
     if told.work == "train":
         start = own.model(base)
-        result = task.train(start, own.config(base, config))
+        saving = Saving(Work(told, errand.participant, own), errand.progress, errand.keep, config.clock)
+        began -= saving.seconds_before
+        result = task.train(start, replace(own.config(base, config), save=saving.save, resume=saving.resume))
         _check(result.arrays, base)
         beside = own.beside(base, start, result)
         if kept := own.after(base, result, beside, train_personal(task, told, base, config)):
@@ -91,7 +97,7 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
         trained_s = config.clock() - began
         arrays, num_examples, metrics = shared(dict(result.arrays), told.local), result.num_examples, result.metrics
         effective_steps, start_loss = float(result.effective_steps), result.start_loss
-        del result, kept  # nobody needs all arrays beside the update that they become
+        del result, kept, saving  # nobody needs all arrays beside the update that they become
         packed = _packed(arrays, shared(base, told.local), errand, config, beside)
         encoded_s = config.clock() - began - trained_s
         body, codec, owes = packed.body, errand.packing.name, _owing(packed, errand)
