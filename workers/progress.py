@@ -56,11 +56,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Work:
-    """One piece of training, for whom, and what is the participant's own."""
+    """One piece of training, for whom, what is the participant's own, and the rank of its adapters."""
 
     told: TrainRound
     participant: str
     own: Own
+    lora_rank: int = 0
 
     @cached_property
     def name(self) -> str:
@@ -70,7 +71,7 @@ class Work:
         told, own = self.told, self.own
         said = told.model_dump(mode="json", include=TOLD)
         bodies = [body and body.sha256 for body in (told.model, told.state)]
-        words = json.dumps([self.participant, said, bodies, own.lost], sort_keys=True).encode()
+        words = json.dumps([self.participant, said, bodies, own.lost, self.lora_rank], sort_keys=True).encode()
         return f"{told.run_id} {told.task} {_digest([words, *tensors.encode_buffers(own.kept)])}"
 
 

@@ -7,12 +7,13 @@ one torch thread gives the same bits. Dropout draws from torch's generator, whic
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from typing import Literal
 
@@ -43,7 +44,8 @@ CHUNK_ROWS = 2048  # most examples in one pass through the model, so that full b
 class TaskDefinition:
     """What everybody agrees on: name, model, data, loss, metric and default training settings.
 
-    `model` makes the module; its parameters and buffers travel under their `state_dict` names. `load` gets the
+    `model` makes the module; its parameters and buffers travel under their `state_dict` names. If it takes an
+    argument, that is what `site.lora_rank` says, where that is set. `load` gets the
     whole data set; if it takes an argument, that is what `site.data` says: where one participant's own is.
     `loss` is "cross-entropy", "mse" or a function of (outputs, targets) that gives the mean over the examples as
     a scalar. `metric` "accuracy" adds accuracy, macro_f1 and macro_recall to evaluations, "rmse" rmse and mae.
@@ -52,7 +54,7 @@ class TaskDefinition:
     """
 
     name: str
-    model: Callable[[], nn.Module]
+    model: Callable[..., nn.Module]
     load: Callable[..., Dataset]
     summary: str = ""
     loss: Literal["cross-entropy", "mse"] | Loss = "cross-entropy"
@@ -70,6 +72,17 @@ class TaskDefinition:
             if needs := self._lacks(name, inputs):
                 raise ConfigError(f"setting train.{name} needs {needs}: leave it out for task {self.name!r}")
         return chosen
+
+    def of_rank(self, rank: int) -> TaskDefinition:
+        """The same with LoRA adapters of that rank, which `model` takes as its argument; 0: as they are. Raises
+        ConfigError if it takes none."""
+        if not rank:
+            return self
+        if not inspect.signature(self.model).parameters:
+            raise ConfigError(
+                f"site.lora_rank = {rank}: the model of task {self.name!r} takes no rank as its argument"
+            )
+        return replace(self, model=partial(self.model, rank))
 
     def _lacks(self, remedy: str, inputs: tuple[int, ...] | None) -> str:
         """What this task would have to be for a remedy; nothing if it is that."""

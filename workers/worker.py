@@ -54,7 +54,7 @@ def always(task: LearningTask) -> TaskFor:
 @dataclass(frozen=True, slots=True)
 class Site:
     """Where a worker works: its name, its learning task and journal, the thread that trains, and its way to the
-    claim-check store, if there is one.
+    claim-check store, if there is one. `lora_rank`: of its adapters, 0: the model's.
 
     `task_for` finds the learning task for an order. It runs in that thread too, so it may load data.
     """
@@ -64,6 +64,7 @@ class Site:
     journal: Journal
     thread: Lane = field(default_factory=lambda: Lane("train"))
     store: Store | None = None
+    lora_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +312,9 @@ class Worker:
         packing = choose(order.told.codecs, len(blob), self._seen)
         own = await self._own(order, blob)
         keep = self.site.journal.save_progress
-        errand = Errand(order.told, blob, self.participant, packing, residual, own, progress, keep)
+        errand = Errand(
+            order.told, blob, self.participant, packing, residual, own, progress, keep, self.site.lora_rank
+        )
         config = train_config(order.told, self.participant, self._abandoned.is_set, self._settings.stopwatch)
 
         def work() -> Finished:
