@@ -102,6 +102,7 @@ def test_other_work_has_another_name(other: dict[str, Any]) -> None:
 def test_so_has_another_participants_and_one_that_begins_with_another_state() -> None:
     names = [name_of(TOLD, "p01", own()), name_of(TOLD, "p02", own()), name_of(TOLD, "p01", own(x=1))]
     names += [name_of(TOLD, "p01", own(x=2)), name_of(TOLD, "p01", replace(own(), lost=True))]
+    names.append(Work(TOLD, "p01", own(), lora_rank=4).name)
     assert len(set(names)) == len(names)
 
 
