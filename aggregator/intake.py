@@ -15,6 +15,7 @@ from aggregator.ways import Ways
 from broker import codecs
 from broker.codecs import NONE, SPARE_BYTES
 from broker.errors import BadMessage, ConnectionLost, StateError, StoreFailed, TransportError
+from broker.lora import largest_rank, of_rank
 from broker.messages import Barrier, FromParticipant, Message, UpdateReady, Wants, Where
 from broker.offload import off_loop
 from broker.payloads import MIN_CHUNK_BYTES, MIN_PART_BYTES, PREFETCH, Assembly, collect, is_possible, verify
@@ -47,14 +48,28 @@ class Intake:
         self._settings, self._codecs, self._store = ways.settings.broker, ways.settings.codec.allowed, ways.store
         self._scratch = scratch
         self._like: Arrays = {}
+        self._of_rank: dict[int, Arrays] = {}
+        self._ranks = ways.settings.strategy.name == "lora-stack"
         self._beside: Arrays = {}
         self._read_to: dict[str, int] = {}
         self._forgotten: set[str] = set()
 
     def expect(self, model: Arrays, wants: Wants, local: Collection[str]) -> None:
         """What updates to this model are like: without the tensors that stay with participants."""
-        self._like = shared(model, local)
+        self._like, self._of_rank = shared(model, local), {}
         self._beside = beside(self._like, wants)
+
+    def _like_of(self, update: UpdateReady) -> Arrays:
+        """What its arrays must be like. Raises BadMessage for a rank that nobody can have."""
+        rank = update.lora_rank
+        if not rank:
+            return self._like
+        if not self._ranks or rank > largest_rank(self._like):
+            most = largest_rank(self._like)
+            raise BadMessage(f"adapters of rank {rank}: the model's have {most}, and only lora-stack takes lower")
+        if rank not in self._of_rank:
+            self._of_rank[rank] = of_rank(self._like, rank)
+        return self._of_rank[rank]
 
     def _most_bytes(self, model_bytes: int) -> int:
         return model_bytes + sum(values.nbytes for values in self._beside.values())
@@ -86,7 +101,7 @@ class Intake:
     async def arrays(self, update: UpdateReady, payload: memoryview, model_bytes: int) -> tuple[Named, Arrays]:
         """The update's arrays: whole, genuine, decoded, and shaped like the model; and what travels beside them.
         Raises BadMessage."""
-        most_bytes = self._most_bytes(model_bytes)
+        most_bytes, like = self._most_bytes(model_bytes), self._like_of(update)
         if update.body is None:
             raise BadMessage("the update has no body")
         if update.codec not in (NONE, *self._codecs):
@@ -100,7 +115,7 @@ class Intake:
             blob = await self._body(update, update.body, payload)
             await verify(blob, update.body)
         size_bytes = 0 if update.codec == NONE else most_bytes  # without a codec they are views
-        return await off_loop(size_bytes, codecs.packing(update.codec).unpack_both, blob, self._like, self._beside)
+        return await off_loop(size_bytes, codecs.packing(update.codec).unpack_both, blob, like, self._beside)
 
     def _handed_over(self, update: UpdateReady, where: Where) -> Buffer | None:
         if self._store is None or where.where != "url":

@@ -189,8 +189,8 @@ class StrategySettings(Part):
         Word,
         Field(
             description="`fedavg`, `fedsgd`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fednova`, `diloco`, "
-            "`scaffold`, `q-fedavg` or `fedasync`; robust: `median`, `trimmed-mean`, `krum`, `multi-krum`, "
-            "`bulyan`, `geometric-median` or `fltrust`"
+            "`scaffold`, `q-fedavg`, `lora-stack` or `fedasync`; robust: `median`, `trimmed-mean`, `krum`, "
+            "`multi-krum`, `bulyan`, `geometric-median` or `fltrust`"
         ),
     ] = "fedavg"
     server_lr: Annotated[
@@ -369,6 +369,8 @@ def check_together(
     """Raises ValueError for settings that are each possible, but not together."""
     if strategy.name == "fedasync":
         _check_fedasync(rounds, strategy, codec)
+    if strategy.name == "lora-stack":
+        _check_lora_stack(rounds, strategy, codec, personal)
     if not rounds.is_buffered:
         return
     if evaluation.mode == "federated":
@@ -388,15 +390,33 @@ def check_together(
         )
 
 
+def _check_lora_stack(
+    rounds: RoundSettings, strategy: StrategySettings, codec: CodecSettings, personal: PersonalSettings
+) -> None:
+    _check_whole_models(strategy, codec)
+    if rounds.late == "fold":
+        raise ValueError(
+            "round.late = 'fold' damps changes, but strategy.name = 'lora-stack' sends whole models: use discard"
+        )
+    if strategy.server_lr not in (0, 1):
+        raise ValueError("strategy.server_lr is 1 with strategy.name = 'lora-stack': leave it out")
+    if personal.local or personal.ditto:
+        raise ValueError("personal.local and personal.ditto do not go with strategy.name = 'lora-stack' yet")
+
+
 def _check_fedasync(rounds: RoundSettings, strategy: StrategySettings, codec: CodecSettings) -> None:
     if not rounds.is_buffered:
         raise ValueError("strategy.name = 'fedasync' needs round.policy = 'buffered', with round.buffer = 1")
+    _check_whole_models(strategy, codec)
+
+
+def _check_whole_models(strategy: StrategySettings, codec: CodecSettings) -> None:
     if strategy.clip_norm:
-        raise ValueError("strategy.clip_norm shortens changes, but strategy.name = 'fedasync' sends whole models")
+        raise ValueError(f"strategy.clip_norm shortens changes, but {strategy.name!r} sends whole models")
     if coarse := [name for name in codec.allowed if name.partition("+")[0] not in ("fp16", "bf16", NONE)]:
         raise ValueError(
-            f"codec.up = {coarse[0]!r} is for changes, but strategy.name = 'fedasync' sends whole models: use "
-            "none, fp16 or bf16"
+            f"codec.up = {coarse[0]!r} is for changes, but strategy.name = {strategy.name!r} sends whole models: "
+            "use none, fp16 or bf16"
         )
 
 

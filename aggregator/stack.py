@@ -85,6 +85,12 @@ class Stack:
                 row[:] = np.frombuffer(self._read(begin, part, dtype.itemsize), dtype)
             yield part, rows
 
+    def one(self, participant: str, name: str) -> NDArray[Any]:
+        """One tensor (values,) of one update."""
+        dtype, size = self._like[name]
+        begin = self._places[participant] * self._update_bytes + self._begins[name]
+        return np.frombuffer(self._read(begin, slice(0, size), dtype.itemsize), dtype)
+
     def _read(self, begin: int, part: slice, item_bytes: int) -> bytes:
         return os.pread(self._file, (part.stop - part.start) * item_bytes, begin + part.start * item_bytes)
 

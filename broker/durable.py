@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from broker.tensors import Buffer
 
 
-def replace_file(path: Path, content: Buffer, beside: Path, *, synced: bool = True) -> None:
-    """Writes `beside` in the same directory, syncs it, gives it the name `path`, and syncs the directory.
+def replace_file(path: Path, content: Buffer | Sequence[Buffer], beside: Path, *, synced: bool = True) -> None:
+    """Writes the content, perhaps in pieces, to `beside` in the same directory, syncs it, gives it the name `path`,
+    and syncs the directory.
 
     Raises OSError; then `path` is what it was, and `beside` is gone. What is not `synced` survives the process, but
     perhaps no power loss: that may leave the old content, a damaged file, or none.
     """
     try:
         with beside.open("wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, Buffer) else content)
             file.flush()
             if synced:
                 os.fsync(file.fileno())

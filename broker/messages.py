@@ -140,6 +140,7 @@ class UpdateReady(FromParticipant):
     seconds: Annotated[float, Field(ge=0)] = 0.0
     effective_steps: Annotated[float, Field(ge=0)] = 0.0
     start_loss: Annotated[float, Field(ge=0)] | None = None  # of the model that it started from
+    lora_rank: Annotated[int, Field(ge=0, le=1 << 16)] = 0  # of adapters below the model's; 0: as the model
     codec: Word = "none"
     body: Where | None = None
 

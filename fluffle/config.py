@@ -279,6 +279,15 @@ class SiteSection(Part):
         int,
         Field(ge=0, description="torch's threads; with 1, equal seeds give equal bits everywhere; 0: all cores"),
     ] = 1
+    lora_rank: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1 << 16,
+            description="rank of this participant's LoRA adapters, at most the model's; the task's `model` takes "
+            "it as its argument; 0: the model's own",
+        ),
+    ] = 0
     attack: Annotated[
         AttackName,
         Field(description="what this worker sends instead of what it learned, as `study.attack`; for studies only"),
@@ -299,6 +308,13 @@ class StudySection(Part):
         ),
     ] = ""
     attackers: Annotated[int, Field(ge=1, description="how many are bad, drawn by the seed")] = 1
+    lora_ranks: Annotated[
+        Text,
+        Field(
+            description="ranks of the participants' LoRA adapters, in turns: `4,8,16`; 0: the model's own; empty: "
+            "that for all"
+        ),
+    ] = ""
 
 
 class TrainSection(Part):
@@ -326,6 +342,14 @@ class TrainSection(Part):
     weight_decay: Annotated[float | None, Field(ge=0, description="of `adamw`; 0.01")] = None
     max_seconds: Annotated[
         float | None, Field(ge=0, description="train at most about so long per round; 0: no limit")
+    ] = None
+    save_seconds: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            description="how often a training saves its progress, from which a worker that was killed goes on; 60; "
+            "0: never",
+        ),
     ] = None
     class_weights: Annotated[
         str | None,

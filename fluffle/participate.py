@@ -79,7 +79,9 @@ def check_site(config: Config) -> dict[str, Assignment]:
     names, site = participants(config.site.participant), config.site
     for name in names:
         Topology(config.broker.federation).inbox(name)
-    assignments = {name: Assignment(Holding(name, config.task, site.data, site.threads)) for name in names}
+    assignments = {
+        name: Assignment(Holding(name, config.task, site.data, site.threads, site.lora_rank)) for name in names
+    }
     assignments[names[0]].check()
     return assignments
 
@@ -202,6 +204,11 @@ def make_workers(
     if attack:
         log.warning("worker_attacks", participant=config.site.participant, attack=attack)
     return [
-        Worker(Site(name, attacking(task_for, attack), journals[name], thread, store), broker, topology, settings)
+        Worker(
+            Site(name, attacking(task_for, attack), journals[name], thread, store, config.site.lora_rank),
+            broker,
+            topology,
+            settings,
+        )
         for name, task_for in assignments.items()
     ]

@@ -99,6 +99,7 @@ def plan_simulation(config: Config) -> Plan:
     definition = find_task(config.task)
     check_metrics(config, definition)
     check_strategy(config, definition)
+    _ranks(config)
     store = keepers_store(config.store)
     if store is None and config.broker.url == "memory":
         store = OwnMemory()
@@ -177,9 +178,7 @@ async def _in_one_process(plan: Plan, display: Display) -> tuple[HeadRecord, flo
         task_for = await _learning_tasks(plan, display, thread)
         async with asyncio.TaskGroup() as group:
             participants = [
-                _participant(
-                    plan, timing, Site(name, attacking(task_for(name), attack), MemoryJournal(), thread, plan.store)
-                )
+                _participant(plan, timing, _site(plan, name, attacking(task_for(name), attack), thread))
                 for name, attack in plan.attacks.items()
             ]
             tasks = [group.create_task(each.run(), name=each.participant) for each in participants]
@@ -264,15 +263,39 @@ def _together(config: Config, definition: Definition, tasks: Mapping[str, BoundT
         raise Unstackable("round.policy = 'buffered': whoever is done goes on alone")
     if config.study.attack == LABEL_FLIP:
         raise Unstackable("some participants train on flipped labels")
+    if config.study.lora_ranks:
+        raise Unstackable("participants have adapters of their own rank (study.lora_ranks)")
     if config.personal.local or config.personal.ditto:
         raise Unstackable("participants have tensors or models of their own (personal.local, personal.ditto)")
     asked = min(config.round.cohort or len(tasks), len(tasks))
     return Together(own, definition.recipe(config.train.chosen()), asked)
 
 
+def _site(plan: Plan, name: str, task_for: TaskFor, thread: Lane) -> Site:
+    return Site(name, task_for, MemoryJournal(), thread, plan.store, _rank(plan, name))
+
+
+def _rank(plan: Plan, participant: str) -> int:
+    """Of its adapters, 0: the model's."""
+    ranks, names = _ranks(plan.config), [shard.name for shard in plan.shares.shards]
+    return ranks[names.index(participant) % len(ranks)]
+
+
+def _ranks(config: Config) -> list[int]:
+    """Those that participants have in turns. Raises ConfigError."""
+    words = [word.strip() for word in config.study.lora_ranks.split(",")] if config.study.lora_ranks else ["0"]
+    if bad := [word for word in words if not word.isdecimal() or len(word) > 5]:
+        raise ConfigError(f"study.lora_ranks: {bad[0]!r} is no rank: write whole numbers, as 4,8,16")
+    if config.study.lora_ranks and config.broker.url != "memory":
+        raise ConfigError(
+            "study.lora_ranks is for the embedded broker: elsewhere each worker has its site.lora_rank"
+        )
+    return [int(word) for word in words]
+
+
 def _bound(plan: Plan, shard: Shard) -> BoundTask:
     held_out = shard.held_out if len(shard.held_out) else None
-    task = plan.definition.bind(shard.train, held_out, shard.name)
+    task = plan.definition.of_rank(_rank(plan, shard.name)).bind(shard.train, held_out, shard.name)
     log.info("data_prepared", participant=shard.name, **task.report.to_dict())
     return task
 

@@ -33,12 +33,14 @@ log = structlog.get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class Holding:
     """What a site has. `task` "": a shipped one that the run names. `data`: `share`, `all`, or where it is;
-    "" is the share for a shipped task, and all for a site's own. `threads`: of torch, 0 as many as it likes."""
+    "" is the share for a shipped task, and all for a site's own. `threads`: of torch, 0 as many as it likes.
+    `lora_rank`: of its adapters, 0 as the task has them."""
 
     participant: str
     task: str = ""
     data: str = ""
     threads: int = 1
+    lora_rank: int = 0
 
 
 class Assignment:
@@ -71,7 +73,7 @@ class Assignment:
             from workers.modules import use_threads
 
             use_threads(self._holding.threads)
-        definition: Definition = found
+        definition: Definition = found.of_rank(self._holding.lora_rank)
         shard = self._shard(definition, told)
         held_out = shard.held_out if len(shard.held_out) else None
         task = definition.bind(shard.train, held_out, shard.name)

@@ -62,6 +62,9 @@ class Definition(Protocol):
     def run_defaults(self) -> dict[str, Scalar]:
         """Settings of a run that this task wants, by dotted name, beside `defaults`."""
 
+    def of_rank(self, rank: int) -> Definition:
+        """The same with LoRA adapters of another rank; 0: its own. Raises ConfigError if it can have none."""
+
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"
     ) -> BoundTask:

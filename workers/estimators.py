@@ -87,6 +87,12 @@ class EstimatorDefinition:
     def run_defaults(self) -> dict[str, Scalar]:
         return {"stop.rounds": self.estimator.rounds}
 
+    def of_rank(self, rank: int) -> EstimatorDefinition:
+        """Raises ConfigError for any but 0: it has no adapters."""
+        if rank:
+            raise ConfigError(f"task {self.name!r} has no LoRA adapters: leave site.lora_rank out")
+        return self
+
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"
     ) -> EstimatorTask:

@@ -1,7 +1,8 @@
 """What a worker must not forget: the newest order, and a finished update until its fate is known.
 
 How far the update's upload has come is noted beside it: a lost note only means to send more again. So is what its
-codec owes to the next one, and what is the participant's own: both are in force only once this one was counted.
+codec owes to the next one, and what is the participant's own: both are in force only once this one was counted. And
+so is how far an unfinished training has come.
 
 The run never depends on it: a worker that lost its journal is sent its task again.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from broker.tensors import Buffer
 from broker.wire import decode, encode
 from workers.kept import Kept
 from workers.lane import Lane
+from workers.progress import Progress
 
 log = structlog.get_logger(__name__)
 
@@ -79,6 +81,14 @@ class Journal(Protocol):
 
     async def drop_own(self) -> None: ...
 
+    def save_progress(self, progress: Progress) -> bool:
+        """Keeps it in place of any before, until an update is saved; false if such a journal keeps none. Called in
+        the thread that trains. Raises StateError, or BadMessage for arrays that cannot be kept."""
+
+    async def progress(self) -> Progress | None: ...
+
+    async def drop_progress(self) -> None: ...
+
 
 class MemoryJournal:
     """Lives as long as this object: for simulations, where participants share one process."""
@@ -118,6 +128,14 @@ class MemoryJournal:
 
     async def drop_own(self) -> None:
         self._own = None
+
+    def save_progress(self, progress: Progress) -> bool:  # noqa: ARG002 - gone with the process that trains
+        return False
+
+    async def progress(self) -> Progress | None:
+        return None
+
+    async def drop_progress(self) -> None: ...
 
 
 class Slot:
@@ -169,6 +187,8 @@ class FileJournal:
         self._upload = directory / "upload.note"
         self._owed = Slot(directory, "residual", "owed")
         self._own = Slot(directory, "own", "kept")
+        self._progress = directory / "progress.saved"
+        self._may_have_progress = True  # false once it is known that there is none
 
     async def load(self) -> Remembered:
         return await self._lane.run(self._load)
@@ -195,6 +215,31 @@ class FileJournal:
     async def drop_own(self) -> None:
         await self._lane.run(self._own.drop)
 
+    def save_progress(self, progress: Progress) -> bool:
+        self._may_have_progress = True
+        _replace(self._progress, progress.to_pieces())
+        return True
+
+    async def progress(self) -> Progress | None:
+        return await self._lane.run(self._read_progress) if self._may_have_progress else None
+
+    async def drop_progress(self) -> None:
+        await self._lane.run(self._drop_progress)
+
+    def _read_progress(self) -> Progress | None:
+        content = _read(self._progress)
+        self._may_have_progress = content is not None
+        try:
+            return None if content is None else Progress.from_bytes(content)
+        except BadMessage as bad:
+            _set_aside(self._progress, bad.reason)
+            return None
+
+    def _drop_progress(self) -> None:
+        if self._may_have_progress:
+            _remove(self._progress)
+            self._may_have_progress = False
+
     def _turn(self, order: bytes | None, settles: bool | None) -> None:  # noqa: FBT001
         if order is not None:
             _replace(self._order, order, synced=False)
@@ -219,6 +264,7 @@ class FileJournal:
         self._owed.propose(owes, synced=synced)
         self._own.propose(own, synced=synced)
         _replace(self._update, encode(held.update, held.blob if inline else b""), synced=synced)
+        self._drop_progress()
 
     def _settle_held(self, counted: bool) -> None:  # noqa: FBT001
         if counted:  # first: whoever is killed now is told again that it was counted
@@ -305,7 +351,7 @@ def _rename(path: Path, to: Path) -> None:
         rename_file(path, to)
 
 
-def _replace(path: Path, content: Buffer, *, synced: bool = True) -> None:
+def _replace(path: Path, content: Buffer | Sequence[Buffer], *, synced: bool = True) -> None:
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, content, path.with_suffix(".new"), synced=synced)

@@ -24,7 +24,13 @@ class Optimiser(Protocol):
         """Moves the parameters by their gradients, `scale` times `lr` as far; may write over those."""
 
     def state(self) -> Arrays:
-        """What the next round's steps begin with, as copies; empty if they begin anew."""
+        """What the next round's steps begin with; empty if they begin anew."""
+
+    def progress(self) -> Arrays:
+        """What the next step begins with, as views."""
+
+    def go_on_from(self, progress: Arrays) -> None:
+        """Takes up what `progress` gave."""
 
 
 def optimiser(chosen: Recipe, module: Parameters, state: Arrays) -> Optimiser:
@@ -51,6 +57,12 @@ class Sgd:
     def state(self) -> Arrays:
         return {}
 
+    def progress(self) -> Arrays:
+        return {name: values.numpy() for name, values in self._velocity.items()}
+
+    def go_on_from(self, progress: Arrays) -> None:
+        self._velocity = {name: torch.from_numpy(values.copy()) for name, values in progress.items()}
+
 
 class AdamW:
     """Loshchilov and Hutter, 2019, Algorithm 2, in the form of torch.optim.AdamW; t counts steps over all rounds.
@@ -69,9 +81,8 @@ class AdamW:
         if state and not _fits(state, own):
             log.warning("optimiser_state_dropped", reason="it is of another model")
             state = {}
-        self._steps = int(state[STEPS]) if state else 0
-        self._m = {name: _begun(state, FIRST + name, values) for name, values in own.items()}
-        self._v = {name: _begun(state, SECOND + name, values) for name, values in own.items()}
+        self._own = own
+        self.go_on_from(state)
 
     def step(self, module: Parameters, scale: float = 1.0) -> None:
         chosen, lr = self._chosen, scale * self._chosen.lr
@@ -88,6 +99,14 @@ class AdamW:
         found = {FIRST + name: values.numpy() for name, values in self._m.items()}
         found |= {SECOND + name: values.numpy() for name, values in self._v.items()}
         return {**found, STEPS: np.array(self._steps)}
+
+    def progress(self) -> Arrays:
+        return self.state()
+
+    def go_on_from(self, progress: Arrays) -> None:
+        self._steps = int(progress[STEPS]) if progress else 0
+        self._m = {name: _begun(progress, FIRST + name, values) for name, values in self._own.items()}
+        self._v = {name: _begun(progress, SECOND + name, values) for name, values in self._own.items()}
 
 
 def _gradients(module: Parameters) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -25,7 +25,8 @@ class Recipe:
     round. `mu` pulls the parameters back to those of the round's start, x, with mu / 2 * ||w - x||^2 (FedProx, Li
     et al., 2020). `optimiser` "adamw" takes AdamW's steps, with `beta_1`, `beta_2`, `eps` and `weight_decay`, and
     goes on from round to round (`optimisers.py`). `max_steps` and `max_seconds` end local training early, after at
-    least one step; 0 is no limit.
+    least one step; 0 is no limit. `save_seconds`: how often progress is saved, for a worker that is killed in the
+    middle; 0: never.
 
     `REMEDIES` are off by default: against classes of unequal size (`imbalance.py`) and too few examples.
     """
@@ -48,6 +49,7 @@ class Recipe:
     focal_gamma: float = 0.0
     augment: str = ""
     mixup: float = 0.0
+    save_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         _demand("lr", self.lr, f"above 0 and at most {LARGEST:g}", fits=0 < self.lr <= LARGEST)
@@ -70,6 +72,7 @@ class Recipe:
         decays = self.weight_decay * self.lr if self.optimiser == ADAMW else 0.0
         _demand("weight_decay", self.weight_decay, "0 to 1 / train.lr", fits=self.weight_decay >= 0 and decays < 1)
         _demand("max_seconds", self.max_seconds, "0 (no limit) or more", fits=0 <= self.max_seconds < math.inf)
+        _demand("save_seconds", self.save_seconds, "0 (never) or more", fits=0 <= self.save_seconds < math.inf)
         _demand("focal_gamma", self.focal_gamma, "0 (off) to 20", fits=0 <= self.focal_gamma <= 20)
         _demand("mixup", self.mixup, "0 (off) to 100", fits=0 <= self.mixup <= 100)
         if self.class_weights:

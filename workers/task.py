@@ -33,6 +33,10 @@ class TrainConfig:
     `origin`: the arrays to which a proximal term pulls; None: those it starts from. `correction`: to be added to
     each gradient, by tensor (SCAFFOLD). `state`: the `TrainResult.state` of this participant's last update that
     was counted; empty at first, and once it was lost.
+
+    `save` keeps arrays of any names on the disk, in place of those before, and returns once they are safe: all that
+    the rest of this training depends on. `resume`: what was last saved of this very training, by a worker that was
+    killed in the middle of it; else empty.
     """
 
     round: int
@@ -44,6 +48,8 @@ class TrainConfig:
     origin: Arrays | None = None
     correction: Arrays = field(default_factory=dict)
     state: Arrays = field(default_factory=dict)
+    save: Callable[[Arrays], None] = lambda _: None
+    resume: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,14 @@ one torch thread gives the same bits. Dropout draws from torch's generator, whic
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -24,6 +27,7 @@ from workers.augment import IMAGE_DIMENSIONS, Augment
 from workers.classes import Tally, tally
 from workers.data import Dataset
 from workers.definition import Prediction
+from workers.descent import Descent, Seldom, digest_of
 from workers.imbalance import class_weights, resampled
 from workers.lesson import Lesson, Loss, weighted_cross_entropy
 from workers.modules import arrays_of, buffer_patterns, build, load_arrays, seeded, views
@@ -43,7 +47,8 @@ CHUNK_ROWS = 2048  # most examples in one pass through the model, so that full b
 class TaskDefinition:
     """What everybody agrees on: name, model, data, loss, metric and default training settings.
 
-    `model` makes the module; its parameters and buffers travel under their `state_dict` names. `load` gets the
+    `model` makes the module; its parameters and buffers travel under their `state_dict` names. If it takes an
+    argument, that is what `site.lora_rank` says, where that is set. `load` gets the
     whole data set; if it takes an argument, that is what `site.data` says: where one participant's own is.
     `loss` is "cross-entropy", "mse" or a function of (outputs, targets) that gives the mean over the examples as
     a scalar. `metric` "accuracy" adds accuracy, macro_f1 and macro_recall to evaluations, "rmse" rmse and mae.
@@ -52,7 +57,7 @@ class TaskDefinition:
     """
 
     name: str
-    model: Callable[[], nn.Module]
+    model: Callable[..., nn.Module]
     load: Callable[..., Dataset]
     summary: str = ""
     loss: Literal["cross-entropy", "mse"] | Loss = "cross-entropy"
@@ -70,6 +75,17 @@ class TaskDefinition:
             if needs := self._lacks(name, inputs):
                 raise ConfigError(f"setting train.{name} needs {needs}: leave it out for task {self.name!r}")
         return chosen
+
+    def of_rank(self, rank: int) -> TaskDefinition:
+        """The same with LoRA adapters of that rank, which `model` takes as its argument; 0: as they are. Raises
+        ConfigError if it takes none."""
+        if not rank:
+            return self
+        if not inspect.signature(self.model).parameters:
+            raise ConfigError(
+                f"site.lora_rank = {rank}: the model of task {self.name!r} takes no rank as its argument"
+            )
+        return replace(self, model=partial(self.model, rank))
 
     def _lacks(self, remedy: str, inputs: tuple[int, ...] | None) -> str:
         """What this task would have to be for a remedy; nothing if it is that."""
@@ -195,22 +211,33 @@ class TorchTask:
             raise TaskError(f"task {self.name!r} was bound without training data: it can only evaluate")
 
     def _descend(self, chosen: Recipe, config: TrainConfig) -> TrainResult:
-        steps = optimiser(chosen, self.module, config.state)
-        losses: list[tuple[float, int]] = []
-        start = origin(self.module, config) if chosen.mu else {}
+        start = origin(self.module, config) if chosen.mu else {}  # before it goes on from where it was
         correction = {name: torch.from_numpy(array) for name, array in config.correction.items()}
-        began = config.clock()
-        lesson = self._lesson(chosen, config.seed)
-        for batch in batches(self.num_examples, chosen, config.seed, self.rows.y):
+        descent, save = self._begun(chosen, config)
+        steps, losses, began = descent.steps, descent.losses, config.clock() - descent.spent_s
+        for batch in islice(batches(self.num_examples, chosen, config.seed, self.rows.y), len(losses), None):
             if config.should_stop():
                 raise WorkAbandoned(f"task {self.name!r}: told to stop after {len(losses)} steps")
-            losses.append((self.backward(batch, chosen, lesson), len(batch)))
+            losses.append((self.backward(batch, chosen, descent.lesson), len(batch)))
             pull_back(self.module, chosen.mu, start)
             correct(self.module, correction)
             steps.step(self.module)
-            if chosen.max_seconds and config.clock() - began >= chosen.max_seconds:
+            spent_s = config.clock() - began
+            if chosen.max_seconds and spent_s >= chosen.max_seconds:
                 break
+            save(spent_s)
         return replace(self.trained(arrays_of(self.module), losses, chosen), state=steps.state())
+
+    def _begun(self, chosen: Recipe, config: TrainConfig) -> tuple[Descent, Callable[[float], None]]:
+        """Where descent begins, or goes on; and what is to be called after every step with the seconds so far."""
+        descent = Descent(
+            self.module, optimiser(chosen, self.module, config.state), self._lesson(chosen, config.seed)
+        )
+        of = cache(lambda: digest_of(f"{self.name} {chosen}", (self.rows.x.numpy(), self.rows.y.numpy())))
+        if config.resume:
+            descent.go_on_from(config.resume, of())
+        seldom = Seldom(chosen.save_seconds, config.clock, descent.spent_s)
+        return descent, lambda spent_s: seldom(spent_s, lambda: config.save(descent.to_arrays(of(), spent_s)))
 
     def trained(self, arrays: Arrays, losses: Sequence[tuple[float, int]], chosen: Recipe) -> TrainResult:
         """What descent came to; `losses` are each step's mean loss and number of examples. Raises TaskError if

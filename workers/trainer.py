@@ -16,6 +16,7 @@ from broker import codecs, tensors
 from broker.codecs.feedback import check_residual
 from broker.codecs.layout import Made
 from broker.errors import BadMessage, TaskError
+from broker.lora import largest_rank, of_rank
 from broker.messages import TrainRound, UpdateReady, Where
 from broker.payloads import describe
 from broker.travelling import shared
@@ -23,6 +24,7 @@ from workers.heap import Freed
 from workers.journal import Held
 from workers.kept import Kept
 from workers.own import Own, train_personal
+from workers.progress import Progress, Saving, Work
 from workers.task import Arrays, LearningTask, TrainConfig, train_seed
 
 CODEC_DRAWS = 1  # tells a codec's random numbers from those of training
@@ -49,7 +51,9 @@ class Sizes:
 @dataclass(frozen=True, slots=True)
 class Errand:
     """What is to be done with which model, for whom, and how the update is encoded. `residual`: what the updates
-    before owe to this one. `own`: what is the participant's own; None: nothing."""
+    before owe to this one. `own`: what is the participant's own; None: nothing. `progress`: what was
+    saved in the middle of some training; `keep` saves more of it. `lora_rank`: of this participant's adapters;
+    0: the model's."""
 
     told: TrainRound
     blob: tensors.Buffer
@@ -57,12 +61,15 @@ class Errand:
     packing: codecs.Packing
     residual: Kept | None = None
     own: Own | None = None
+    progress: Progress | None = None
+    keep: Callable[[Progress], bool] = lambda _: False
+    lora_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
     """A finished update, and what it owes to the next if it is counted; None: that does not change. `own`: what
-    is then the participant's own. How long training and encoding took."""
+    is then the participant's own. How long training and encoding took, with what was before a resumed one."""
 
     held: Held
     owes: Kept | None = None
@@ -77,13 +84,17 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
     Raises TaskError if the task returns nonsense, and whatever it raises.
     """
     began = config.clock()
-    told, base = errand.told, tensors.decode(errand.blob)
+    told, base = errand.told, at_rank(tensors.decode(errand.blob), errand.lora_rank)
     body: tensors.Buffer = b""
     codec, owes, keeps, trained_s, encoded_s = codecs.NONE, None, None, 0.0, 0.0
     effective_steps, start_loss, own = 0.0, None, errand.own or Own(told)
     if told.work == "train":
         start = own.model(base)
-        result = task.train(start, own.config(base, config))
+        saving = Saving(
+            Work(told, errand.participant, own, errand.lora_rank), errand.progress, errand.keep, config.clock
+        )
+        began -= saving.seconds_before
+        result = task.train(start, replace(own.config(base, config), save=saving.save, resume=saving.resume))
         _check(result.arrays, base)
         beside = own.beside(base, start, result)
         if kept := own.after(base, result, beside, train_personal(task, told, base, config)):
@@ -91,7 +102,7 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
         trained_s = config.clock() - began
         arrays, num_examples, metrics = shared(dict(result.arrays), told.local), result.num_examples, result.metrics
         effective_steps, start_loss = float(result.effective_steps), result.start_loss
-        del result, kept  # nobody needs all arrays beside the update that they become
+        del result, kept, saving  # nobody needs all arrays beside the update that they become
         packed = _packed(arrays, shared(base, told.local), errand, config, beside)
         encoded_s = config.clock() - began - trained_s
         body, codec, owes = packed.body, errand.packing.name, _owing(packed, errand)
@@ -113,9 +124,24 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
         seconds=config.clock() - began,
         effective_steps=effective_steps,
         start_loss=start_loss,
+        lora_rank=_own_rank(errand) if body else 0,
         codec=codec,
     )
     return Finished(Held(update, body), owes, keeps, trained_s, encoded_s)
+
+
+def at_rank(model: Arrays, rank: int) -> Arrays:
+    """What this participant holds of the model. Raises TaskError if the run's adapters have no such rank."""
+    if not rank:
+        return model
+    if rank > (most := largest_rank(model)):
+        raise TaskError(f"site.lora_rank = {rank} is above the rank of the run's adapters, {most}: lower it")
+    return of_rank(model, rank)
+
+
+def _own_rank(errand: Errand) -> int:
+    """As the update tells it: 0 if nothing is left out."""
+    return errand.lora_rank if errand.lora_rank < largest_rank(tensors.decode(errand.blob)) else 0
 
 
 def described(finished: Finished, model: Where | None, sizes: Sizes, *, handed_over: bool = False) -> Finished:

@@ -33,6 +33,7 @@ from workers.kept import Kept
 from workers.lane import Lane
 from workers.link import Link, WorkerSettings
 from workers.own import Own, is_needed, own_of
+from workers.progress import Progress
 from workers.status import WorkerStatus, waits_for
 from workers.task import LearningTask, WorkAbandoned
 from workers.trainer import Errand, Finished, carry_out, described, owed_by, slowed, train_config
@@ -53,7 +54,7 @@ def always(task: LearningTask) -> TaskFor:
 @dataclass(frozen=True, slots=True)
 class Site:
     """Where a worker works: its name, its learning task and journal, the thread that trains, and its way to the
-    claim-check store, if there is one.
+    claim-check store, if there is one. `lora_rank`: of its adapters, 0: the model's.
 
     `task_for` finds the learning task for an order. It runs in that thread too, so it may load data.
     """
@@ -63,6 +64,7 @@ class Site:
     journal: Journal
     thread: Lane = field(default_factory=lambda: Lane("train"))
     store: Store | None = None
+    lora_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,8 +273,10 @@ class Worker:
         self._since = self._settings.clock()
         self._abandoned.clear()
         self._notice("work_begun", work=told.work, round=told.round, attempt=told.attempt, task=told.task)
+        progress: Progress | None = None
         try:
-            finished = await self._carry_out(order)
+            progress = await self.site.journal.progress() if told.work == "train" else None
+            finished = await self._carry_out(order, progress)
             async with self._keeping:
                 await self.site.journal.save_held(finished.held, finished.owes, finished.own)
                 self._held = finished.held
@@ -285,6 +289,8 @@ class Worker:
             cause = None if isinstance(error, FluffleError) else error
             log.error("task_failed", participant=self.participant, task=told.task, why=str(error), exc_info=cause)
             reason = f"{type(error).__name__}: {error}"[:2000].encode(errors="replace").decode()
+            if progress is not None:  # it may be what fails
+                await self.site.journal.drop_progress()
             await self._link.send(
                 TrainFailed(participant=self.participant, run_id=told.run_id, task=told.task, error=reason)
             )
@@ -300,12 +306,15 @@ class Worker:
             self._seen = self._seen.after_work(update.codec, told.model.size_bytes, trained_s, encoded_s)
         self._notice("work_done", task=told.task, seconds=round(update.seconds, 3), **size, **update.metrics)
 
-    async def _carry_out(self, order: Order) -> Finished:
+    async def _carry_out(self, order: Order, progress: Progress | None) -> Finished:
         blob = await self._link.fetch(order.told, order.payload)
         residual = await self._residual(order.told, blob) if order.told.work == "train" else None
         packing = choose(order.told.codecs, len(blob), self._seen)
         own = await self._own(order, blob)
-        errand = Errand(order.told, blob, self.participant, packing, residual, own)
+        keep = self.site.journal.save_progress
+        errand = Errand(
+            order.told, blob, self.participant, packing, residual, own, progress, keep, self.site.lora_rank
+        )
         config = train_config(order.told, self.participant, self._abandoned.is_set, self._settings.stopwatch)
 
         def work() -> Finished:

@@ -22,6 +22,7 @@ from aggregator.strategies.fedsgd import FedSGD
 from aggregator.strategies.fltrust import FLTrust
 from aggregator.strategies.geometric_median import GeometricMedian
 from aggregator.strategies.krum import Krum
+from aggregator.strategies.lora_stack import LoraStack
 from aggregator.strategies.median import Median
 from aggregator.strategies.optimiser import Rule, ServerOptimiser
 from aggregator.strategies.qfedavg import QFedAvg
@@ -93,7 +94,7 @@ STRATEGIES: dict[str, Make] = {
     "fednova": _fednova,
     "diloco": _optimising(lambda s: DiLoCo(s.server_lr or 0.7, s.momentum)),
 }
-SPECIAL = ("scaffold", "q-fedavg", "fltrust")
+SPECIAL = ("scaffold", "q-fedavg", "fltrust", "lora-stack")
 NEED_PLAIN_STEPS: dict[str, dict[str, float | str]] = {
     "scaffold": {"optimiser": "sgd", "momentum": 0.0, "mu": 0.0},
     "fednova": {"optimiser": "sgd"},
@@ -155,6 +156,8 @@ def _strategy(settings: StrategySettings, rounds: RoundSettings, scratch: Path |
         )
     if settings.name == "scaffold":
         return Scaffold(rounds.participants, _one_vote_each(rounds), settings)
+    if settings.name == "lora-stack":
+        return LoraStack(FixedPointSum(rounds.weight_max, rounds.most_summed * rounds.weight_max), scratch)
     if settings.name == "q-fedavg":
         return _qfedavg(settings, scratch)
     if settings.name == "fltrust":

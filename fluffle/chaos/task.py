@@ -1,6 +1,6 @@
 """Learning tasks that a process of its own can do: without torch, so that it starts in well under a second.
 
-`--task fluffle.chaos.task:make` (or `:make_large`), and in `--data` what `Pace.as_data` says.
+`--task fluffle.chaos.task:make` (or `:make_large`, `:make_stepwise`), and in `--data` what `Pace.as_data` says.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from workers.task import Evaluation, TrainConfig, TrainResult
 
 TASK = f"{__name__}:make"
 LARGE_TASK = f"{__name__}:make_large"
+STEPWISE_TASK = f"{__name__}:make_stepwise"
+STEPS = 8  # of that task in a round
 LARGE = 20_000  # numbers in that task's model: 80 kB
 
 
@@ -116,3 +118,22 @@ def make(participant: str, data: str) -> Paced:
 def make_large(participant: str, data: str) -> Paced:
     """The same with a model that can go in chunks."""
     return Paced(participant, Pace(**json.loads(data or "{}")), LARGE)
+
+
+class Stepwise(Paced):
+    """Pulls in `STEPS` small steps and saves its progress after each. After half of them it takes its time."""
+
+    def train(self, arrays: Arrays, config: TrainConfig) -> TrainResult:
+        done = config.resume or {"w": arrays["w"], "step": np.array(0)}
+        w = done["w"].copy()
+        for step in range(int(done["step"]), STEPS):
+            noise = np.random.default_rng([config.seed, step]).normal(scale=0.01, size=w.shape).astype(np.float32)
+            w += (self.point - w) / STEPS + noise
+            config.save({"w": w, "step": np.array(step + 1)})
+            if step + 1 == STEPS // 2:
+                self.pace.keep(config.round)
+        return TrainResult({"w": w, "steps": arrays["steps"] + 1}, self.num_examples)
+
+
+def make_stepwise(participant: str, data: str) -> Stepwise:
+    return Stepwise(participant, Pace(**json.loads(data or "{}")))

@@ -78,6 +78,14 @@ class HfTask:
         """The part of `choose` that other tasks have, too."""
         return self.choose(settings).recipe
 
+    def of_rank(self, rank: int) -> HfTask:
+        """Raises ConfigError for any but 0: adapters of PEFT have one rank for everybody so far."""
+        if rank:
+            raise ConfigError(
+                f"site.lora_rank = {rank}: task {self.name!r} has one rank for everybody: leave it out"
+            )
+        return self
+
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"
     ) -> HfBound:
