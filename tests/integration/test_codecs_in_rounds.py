@@ -138,8 +138,8 @@ class Strays(Worker):
     change: Callable[[UpdateReady, bytes], tuple[UpdateReady, bytes]]
     strayed = False
 
-    async def _carry_out(self, order):  # type: ignore[no-untyped-def]
-        finished = await super()._carry_out(order)
+    async def _carry_out(self, order, progress):  # type: ignore[no-untyped-def]
+        finished = await super()._carry_out(order, progress)
         if not self.strayed:
             self.strayed = True
             held = finished.held
