@@ -30,6 +30,7 @@ class Buffer(Round):
     working: set[str] = field(default_factory=set)
     elsewhere: set[str] = field(default_factory=set)
     turns: dict[str, int] = field(default_factory=dict)
+    made: dict[str, int] = field(default_factory=dict)  # updates that this version has of each
     taken: int = 0
 
     def __post_init__(self) -> None:
@@ -80,6 +81,11 @@ class Buffer(Round):
     def turn(self, participant: str) -> int:
         return self.turns.get(participant, 0)
 
+    def takes_from(self, participant: str) -> bool:
+        """Its turns, and the one it was at when this version was new: more is nobody honest's, and could fill the
+        buffer with tasks of all versions that are remembered."""
+        return self.made.get(participant, 0) <= self._turns_allowed
+
     def offers(self, task: int) -> bool:
         return 0 < task <= last_task(self.open, self.settings)
 
@@ -88,6 +94,7 @@ class Buffer(Round):
 
     def accept(self, participant: str, weight: int, task: int) -> None:
         self.accepted[participant] = self.accepted.get(participant, 0) + weight
+        self.made[participant] = self.made.get(participant, 0) + 1
         self.taken += 1
         if task >= self.open.task:
             self.turns[participant] = task - self.open.task + 1

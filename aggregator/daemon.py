@@ -352,6 +352,8 @@ class Term:
             case "late":
                 weight = await self._fold(update, payload, judged.staleness) if judged.folds else 0
                 self.ledger.late(update, offset, weight, judged.staleness, judged.reason)
+            case "counted" if self.round and not self.round.takes_from(update.participant):
+                raise BadMessage(f"{update.participant} answers more tasks in one version than round.turns allows")
             case "counted" if self.round:
                 weight = await self._fold(update, payload, judged.staleness)
                 self.ledger.counted(update, offset, weight, judged.staleness)

@@ -87,6 +87,10 @@ class Round:
         """Which of the tasks that this round offers is a participant's next: 0 is the first."""
         return 0
 
+    def takes_from(self, participant: str) -> bool:  # noqa: ARG002 - a task counts once anyway
+        """Whether it may still add to this round."""
+        return True
+
     def offers(self, task: int) -> bool:
         """Whether an update for that task can still be part of it."""
         return task == self.open.task

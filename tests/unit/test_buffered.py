@@ -120,6 +120,16 @@ def test_a_stale_update_uses_no_turn_of_the_newest_version() -> None:
     assert (current.turn("p01"), current.awaits("p01"), current.invited(names(4), 42)) == (0, True, [])
 
 
+def test_old_tasks_saved_up_do_not_fill_a_buffer() -> None:
+    """One that answers every remembered version at once; honest ones have one stale update beside their turns."""
+    current = a_buffer(buffer=8)
+    for task in (7, 11, 12):  # one stale, and its two turns
+        assert current.takes_from("p01")
+        current.accept("p01", 1, task)
+    assert not current.takes_from("p01")
+    assert current.takes_from("p02")
+
+
 def test_who_failed_is_not_asked_again_before_the_next_attempt_and_who_came_back_is() -> None:
     current = a_buffer()
     current.fail("p01", 11)
