@@ -17,7 +17,7 @@ def summary(result: Result, run: RunDir) -> str:
     """What came out, where it is, and what to try next."""
     updates = ", ".join(f"{count} {fate}" for fate, count in result["updates"].items())
     sizes = ", ".join(f"{size_text(size)} {way}" for way, size in result["bytes"].items())
-    files = "".join(f"  {name:<9}{path}\n" for name, path in run.artefacts().items() if path.exists())
+    files = "".join(f"  {name:<10}{path}\n" for name, path in run.artefacts().items() if path.exists())
     virtual = "" if result["virtual_s"] is None else f", {duration_text(result['virtual_s'])} of virtual time"
     return (
         f"\n{result['task']} is finished ({result['why_finished'] or 'stopped'}): "
