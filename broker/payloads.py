@@ -59,6 +59,11 @@ def piece(where: Where, index: int) -> slice:
     return slice(min(index * step, where.size_bytes), min((index + 1) * step, where.size_bytes))
 
 
+def bytes_of(where: Where, pieces: int) -> int:
+    """How many bytes so many pieces hold, if the last is not among them or all are."""
+    return min(pieces * -(-where.size_bytes // max(where.chunks, 1)), where.size_bytes)
+
+
 def is_possible(where: Where, min_piece_bytes: int) -> bool:
     """Whether a payload can be cut like that: no finer, and no piece is empty."""
     return 1 <= where.chunks <= -(-where.size_bytes // min_piece_bytes) and (
@@ -114,6 +119,7 @@ class Assembly:
     """Puts the chunks of one payload into its buffer, each once, if `sender` published them.
 
     `read_to` is the offset after the last chunk that was looked at: whoever was interrupted goes on there.
+    `on_piece` is told after each new one how many are there.
     """
 
     where: Where
@@ -121,6 +127,7 @@ class Assembly:
     buffer: memoryview
     missing: set[int]
     read_to: int = 0
+    on_piece: Callable[[int], object] = lambda _: None
 
     @classmethod
     def into(cls, buffer: Buffer, where: Where, sender: str) -> Assembly:
@@ -137,9 +144,14 @@ class Assembly:
         if len(data) != place.stop - place.start:
             raise BadMessage(f"chunk {chunk.index} of {chunk.of[:12]} is damaged: it has {len(data)} bytes")
         self.buffer[place] = data
-        self.missing.discard(chunk.index)
+        self.has(chunk.index)
         if len(self.missing) % GIVEN_BACK_EVERY == 0:
             give_back(self.buffer)
+
+    def has(self, index: int) -> None:
+        """That piece is in the buffer."""
+        self.missing.discard(index)
+        self.on_piece(self.where.chunks - len(self.missing))
 
 
 async def collect(inbox: Inbox, assembly: Assembly, *, end: Barrier | None, patience_s: float) -> None:

@@ -63,7 +63,7 @@ class Store:
 
         async def fetch(index: int) -> None:
             await self._tried(self._fetch, place, assembly, index)
-            assembly.missing.discard(index)
+            assembly.has(index)
 
         missing = sorted(assembly.missing)
         for start in range(0, len(missing), WINDOW):

@@ -26,6 +26,7 @@ from fluffle.endpoint import Health, Pages
 from fluffle.results import peak_rss_mb
 from fluffle.signals import on_signal
 from fluffle.stores import opened_store
+from fluffle.transfers import Watch
 from fluffle.watchdog import watched
 from workers.assignment import Assignment, Holding
 from workers.attack import attacking
@@ -189,7 +190,11 @@ async def _end_of_input() -> None:
 
 
 def make_workers(
-    config: Config, assignments: Mapping[str, Assignment], journals: Mapping[str, FileJournal], broker: Broker
+    config: Config,
+    assignments: Mapping[str, Assignment],
+    journals: Mapping[str, FileJournal],
+    broker: Broker,
+    on_transfer: Watch,
 ) -> list[Worker]:
     """One for each participant. They share the thread that trains: two trainings never run at once."""
     settings = WorkerSettings(
@@ -197,6 +202,7 @@ def make_workers(
         patience_s=config.broker.patience_s,
         sizes=Sizes(config.broker.inline_bytes, config.broker.chunk_bytes, config.store.part_bytes),
         on_notice=log.info,
+        on_transfer=on_transfer,
     )
     topology, thread = Topology(config.broker.federation), Lane("train")
     store = opened_store(config.store)

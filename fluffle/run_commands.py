@@ -70,13 +70,14 @@ def worker(asked: Asked, once: bool, child: bool) -> None:  # noqa: FBT001 - fla
     """
     from fluffle.brokers import rabbit_broker
     from fluffle.participate import Until, check_site, make_workers, opened_journals, participate
+    from fluffle.transfers import watching
 
     asked.configure_logs()
     config = asked.site_config()
     assignments = check_site(config)
     broker = rabbit_broker(config.broker)
-    with opened_journals(config) as journals:
-        workers = make_workers(config, assignments, journals, broker)
+    with opened_journals(config) as journals, watching(lines=bool(asked.log_format)) as on_transfer:
+        workers = make_workers(config, assignments, journals, broker, on_transfer)
         asyncio.run(participate(config, workers, Until(once, child)))
 
 

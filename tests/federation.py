@@ -38,6 +38,7 @@ from workers.lane import Lane
 from workers.link import WorkerSettings
 from workers.task import TrainConfig, TrainResult
 from workers.trainer import Sizes
+from workers.transfer import TransferStatus
 from workers.worker import Site, Worker, always
 
 
@@ -109,6 +110,7 @@ class Federation:
     thread: Lane | None = None  # that all participants train in; None: each has its own
     clock: Callable[[], float] = time.time
     reports: list[RoundReport] = field(default_factory=list)
+    transfers: dict[str, list[TransferStatus]] = field(default_factory=dict)
     _closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def job(self, run: RunSettings, **options: object) -> Job:
@@ -124,7 +126,10 @@ class Federation:
     ) -> Worker:
         task = self.tasks.setdefault(name, Pull(name, self.size))
         journal = self.journals.setdefault(name, MemoryJournal())
-        settings = WorkerSettings(self.heartbeat_s, patience_s=5.0, retry_s=0.2, sizes=self.sizes, lag_s=lag_s)
+        settings = WorkerSettings(
+            self.heartbeat_s, patience_s=5.0, retry_s=0.2, sizes=self.sizes, lag_s=lag_s,
+            on_transfer=lambda name, status: self.transfers.setdefault(name, []).append(status),
+        )  # fmt: skip
         site = Site(name, always(task), journal, self.thread or Lane("train"), self.store)
         return Worker(site, broker or self.broker, self.topology, settings)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -24,6 +26,7 @@ from broker.transport import Broker, Delivery, Inbox, Transport
 from broker.wire import encode
 from workers.journal import Held
 from workers.trainer import Sizes
+from workers.transfer import Transfer, TransferStatus, What
 
 NO_ARRAYS = tensors.encode({})
 
@@ -41,6 +44,7 @@ class WorkerSettings:
     sizes: Sizes = field(default_factory=Sizes)
     lag_s: Callable[[TrainRound, UpdateReady], float] = lambda told, update: 0.0  # noqa: ARG005
     on_notice: Callable[..., object] = field(default_factory=lambda: _whisper())  # an event's word, and its fields
+    on_transfer: Callable[[str, TransferStatus], object] = lambda participant, status: None  # noqa: ARG005
     clock: Callable[[], float] = time.time
     stopwatch: Callable[[], float] = time.monotonic
 
@@ -81,6 +85,7 @@ class Link:
     ) -> None:
         self.participant = participant
         self.trouble = "it is being connected to"  # why there is no connection; empty while there is
+        self.transfer: Transfer | None = None  # the large body that is on its way now
         self._broker, self._topology, self._settings, self._store = broker, topology, settings, store
         self._backoff = Backoff(settings.retry_s)
         self._reader: Transport | None = None
@@ -116,15 +121,37 @@ class Link:
     async def deliver(self, held: Held, arrived: Arrived) -> None:
         """Publishes an update: the pieces of its body first, from the first that is not confirmed on, so that
         whoever reads of it finds them all. `arrived` is told how many are confirmed; what it raises ends it."""
-        update, body = held.update, held.update.body
-        if body is not None and body.where == "stream":
+        body = held.update.body
+        if body is None or body.where == "inline":
+            await self.send(held.update, held.blob if body is not None else b"")
+            return
+        with self._on_its_way("update", body, held.confirmed) as transfer:
+
+            async def came(count: int) -> None:
+                transfer.arrived(count)
+                await arrived(count)
+
+            await self._upload(held, body, came)
+        await self.send(held.update)
+
+    async def _upload(self, held: Held, body: Where, arrived: Arrived) -> None:
+        update = held.update
+        if body.where == "stream":
             outbox = Address(self._topology.chunks(self.participant), f"{self.participant}.{CHUNK}")
             writer = _connected(self._writer)
             await upload(writer, outbox, body, held.blob, first=held.confirmed, after=arrived)
-        elif body is not None and body.where == "url":
+        else:
             place = self._topology.update_place(self.participant, update.run_id, str(update.task))
             await self._known_store().upload(place, body, held.blob, first=held.confirmed, after=arrived)
-        await self.send(update, held.blob if body is not None and body.where == "inline" else b"")
+
+    @contextmanager
+    def _on_its_way(self, what: What, where: Where, first: int) -> Iterator[Transfer]:
+        tell = partial(self._settings.on_transfer, self.participant)
+        self.transfer = Transfer.begin(what, where, first, self._settings.stopwatch, tell)
+        try:
+            yield self.transfer
+        finally:
+            self.transfer = None
 
     async def fetch(self, told: TrainRound, payload: memoryview) -> Buffer:
         """The bytes of a run's global model. Raises TransportError, or BadMessage if they are not there or damaged;
@@ -194,23 +221,25 @@ class Link:
         if self._partial is None or self._partial.where != where:
             blob = await asyncio.to_thread(bytearray, where.size_bytes)
             self._partial = Assembly.into(blob, where, AGGREGATOR)
-        partial = self._partial
+        assembly = self._partial
         try:
-            if where.where == "url":
-                await self._known_store().fill(self._topology.model_place(run_id), partial)
-            else:
-                await self._collect(partial)
+            with self._on_its_way("model", where, where.chunks - len(assembly.missing)) as transfer:
+                assembly.on_piece = transfer.arrived
+                if where.where == "url":
+                    await self._known_store().fill(self._topology.model_place(run_id), assembly)
+                else:
+                    await self._collect(assembly)
         except BadMessage:  # nothing that came is trusted: it is fetched from the beginning
             self._partial = None
             raise
         self._partial = None
-        return partial.buffer
+        return assembly.buffer
 
-    async def _collect(self, partial: Assembly) -> None:
-        offset = max(partial.where.first_offset, partial.read_to)
-        stream = await _connected(self._reader).read(partial.where.stream, offset=offset, prefetch=PREFETCH)
+    async def _collect(self, assembly: Assembly) -> None:
+        offset = max(assembly.where.first_offset, assembly.read_to)
+        stream = await _connected(self._reader).read(assembly.where.stream, offset=offset, prefetch=PREFETCH)
         try:
-            await collect(stream, partial, end=None, patience_s=self._settings.patience_s)
+            await collect(stream, assembly, end=None, patience_s=self._settings.patience_s)
         finally:
             await stream.close()
 

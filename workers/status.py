@@ -7,16 +7,21 @@ from typing import Annotated, Literal, Protocol
 from pydantic import Field
 
 from broker.messages import Count, Fate, Part, Phase, RunId
+from workers.transfer import Transfer, TransferStatus
 
 
 class LinkStatus(Protocol):
-    """The way to the broker: why there is none, and why nothing can be published; empty if all is well."""
+    """The way to the broker: why there is none, and why nothing can be published, both empty if all is well; and
+    the large body that is on its way."""
 
     @property
     def trouble(self) -> str: ...
 
     @property
     def blocked(self) -> str: ...
+
+    @property
+    def transfer(self) -> Transfer | None: ...
 
 
 class WorkerStatus(Part):
@@ -36,6 +41,7 @@ class WorkerStatus(Part):
     sent: bool = False  # whether that one was confirmed by the broker
     settled: Count = 0  # the last task of which it heard what became of it
     fate: Fate | None = None
+    transfer: TransferStatus | None = None  # of a large body, while it lasts
 
 
 def waits_for(link: LinkStatus, phase: Phase, task: int, round_number: int) -> str:
@@ -44,6 +50,8 @@ def waits_for(link: LinkStatus, phase: Phase, task: int, round_number: int) -> s
         return f"the broker: {link.trouble}"
     if link.blocked:
         return f"the broker, which blocks publishers ({link.blocked})"
+    if link.transfer:
+        return f"the link: {link.transfer.status()}"
     match phase:
         case "training":
             return f"nothing: it works on task {task} of round {round_number}"

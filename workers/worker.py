@@ -107,6 +107,7 @@ class Worker:
     def status(self, now: float) -> WorkerStatus:
         """What it does at `now`, and what it waits for."""
         told, held, (phase, task) = self._order and self._order.told, self._held, self._doing()
+        transfer = self._link.transfer
         return WorkerStatus(
             participant=self.participant,
             federation=self.topology.federation,
@@ -122,6 +123,7 @@ class Worker:
             sent=held is not None and held.sent,
             settled=self._settled[0],
             fate=self._settled[1],
+            transfer=transfer.status() if transfer else None,
         )
 
     async def run(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 BLOCK = 1 << 16
 SLOW_BLOCK = 1 << 10
+BLOCKS_PER_S = 100  # of a slow link: shorter pauses than 10 ms are never kept
 LISTENING_S = 30.0
 FAREWELL_S = 5.0
 
@@ -105,7 +106,7 @@ class Proxy:
     async def _pass(self, reader: asyncio.StreamReader, link: Link, way: Way) -> None:
         writer = link.up if way == "up" else link.down
         with suppress(OSError):
-            while data := await reader.read(SLOW_BLOCK if self.bytes_per_s else BLOCK):
+            while data := await reader.read(self._block()):
                 self._tally(way, len(data))
                 await self._flowing.wait()
                 if way not in link.closed:
@@ -116,6 +117,9 @@ class Proxy:
                     await asyncio.sleep(len(data) / self.bytes_per_s)
         await self._flowing.wait()  # an end is no news either while nothing passes
         writer.close()
+
+    def _block(self) -> int:
+        return max(SLOW_BLOCK, int(self.bytes_per_s) // BLOCKS_PER_S) if self.bytes_per_s else BLOCK
 
     def _tally(self, way: Way, count: int) -> None:
         if way == "down":

@@ -80,7 +80,7 @@ async def test_what_was_held_up_arrives_later_and_so_does_the_end() -> None:
 
 async def test_a_slow_way_gives_everything_in_small_pieces() -> None:
     async with talk() as it:
-        it.proxy.slow(1e6)
+        it.proxy.slow(1e5)
         it.here.writer.write(b"x")
         await it.there.hears()  # a read that had begun before takes more at once
         it.here.writer.write(bytes(4 * SLOW_BLOCK))
