@@ -102,6 +102,7 @@ class Federation:
     participants: list[str]
     size: int = 7
     heartbeat_s: float = 0.5
+    patience_s: float = 5.0
     sizes: Sizes = field(default_factory=Sizes)
     topology: Topology = field(default_factory=lambda: Topology("default"))
     tasks: dict[str, Pull] = field(default_factory=dict)
@@ -127,7 +128,7 @@ class Federation:
         task = self.tasks.setdefault(name, Pull(name, self.size))
         journal = self.journals.setdefault(name, MemoryJournal())
         settings = WorkerSettings(
-            self.heartbeat_s, patience_s=5.0, retry_s=0.2, sizes=self.sizes, lag_s=lag_s,
+            self.heartbeat_s, patience_s=self.patience_s, retry_s=0.2, sizes=self.sizes, lag_s=lag_s,
             on_transfer=lambda name, status: self.transfers.setdefault(name, []).append(status),
         )  # fmt: skip
         site = Site(name, always(task), journal, self.thread or Lane("train"), self.store)

@@ -14,7 +14,7 @@ import structlog
 
 from broker import tensors
 from broker.codecs.difference import advanced
-from broker.errors import AccessRefused, BadMessage, ConfigError, ConnectionLost, TransportError
+from broker.errors import AccessRefused, BadMessage, ChunksMissing, ConfigError, ConnectionLost, TransportError
 from broker.messages import Difference, FromParticipant, TrainRound, UpdateReady, Where
 from broker.offload import off_loop
 from broker.payloads import PREFETCH, Address, Arrived, Assembly, collect, upload, verify
@@ -222,6 +222,7 @@ class Link:
             blob = await asyncio.to_thread(bytearray, where.size_bytes)
             self._partial = Assembly.into(blob, where, AGGREGATOR)
         assembly = self._partial
+        missed = len(assembly.missing)
         try:
             with self._on_its_way("model", where, where.chunks - len(assembly.missing)) as transfer:
                 assembly.on_piece = transfer.arrived
@@ -229,6 +230,12 @@ class Link:
                     await self._known_store().fill(self._topology.model_place(run_id), assembly)
                 else:
                     await self._collect(assembly)
+        except ChunksMissing:
+            if (
+                len(assembly.missing) == missed
+            ):  # no link that hangs: what a broker lost comes again, at old offsets
+                assembly.read_to = 0
+            raise
         except BadMessage:  # nothing that came is trusted: it is fetched from the beginning
             self._partial = None
             raise
