@@ -1,4 +1,4 @@
-"""MiniLM with LoRA at four participants of very different mails, each a process, over RabbitMQ: the example's claims."""
+"""MiniLM with LoRA at four participants with very different mails, each a process: what the example claims."""
 
 from __future__ import annotations
 
