@@ -139,6 +139,7 @@ def test_heart_knows_what_was_not_measured() -> None:
 # What federated learning promises
 
 
+@pytest.mark.slow  # test_simulate.py claims it of the whole pipeline
 def test_mnist_logreg_of_ten_participants_is_as_good_as_pooled() -> None:
     logreg = find_task("mnist-logreg")
     shares = share_out(logreg.load(), Plan(10, "iid"))
@@ -148,6 +149,7 @@ def test_mnist_logreg_of_ten_participants_is_as_good_as_pooled() -> None:
     assert federated["accuracy"] > 0.87
 
 
+@pytest.mark.slow  # test_simulate.py claims it of the whole pipeline
 def test_federated_heart_beats_every_hospital_alone_and_comes_near_pooled() -> None:
     heart = find_task("heart")
     federated, central, alone = [], [], []
