@@ -8,7 +8,7 @@ every leader that replays the same updates computes the same sum. See docs/archi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.errors import BadMessage, StateError
-from broker.tensors import Arrays, Named, give_back
+from broker.tensors import Arrays, Named, blocks
 
-BLOCK = 1 << 16  # values: float64 and int64 temporaries of a block stay in the processor's cache
-GIVEN_BACK_EVERY = 64  # blocks, if they lie in a mapped file
 LEAST_BOUND = 2.0**10
 
 
@@ -38,7 +36,7 @@ class Scale:
                 f"tensor {name!r} has dtype {values.dtype}, which cannot be averaged: leave it out of the model's "
                 "arrays (in torch: register_buffer(..., persistent=False))"
             )
-        largest = max(abs(float(values.min())), abs(float(values.max()))) if values.size else 0.0
+        largest = _largest(values)
         if not math.isfinite(largest):
             raise StateError(f"tensor {name!r} of the global model is not finite: the run has diverged")
         log_bound = math.ceil(math.log2(max(LEAST_BOUND, 16 * largest)))
@@ -48,6 +46,19 @@ class Scale:
                 f"tensor {name!r} has values of {largest:g}, too large to sum exactly: scale the model"
             )
         return cls(2.0**log_bound, bits)
+
+
+def _largest(values: NDArray[Any]) -> float:
+    """The largest magnitude; not finite if any value is not."""
+    if not values.flags.c_contiguous:  # the same value everywhere, which takes no memory
+        values = values[(slice(1),) * values.ndim]
+    flat, largest = values.reshape(-1), 0.0
+    for part in blocks(flat):
+        found = max(abs(float(flat[part].min())), abs(float(flat[part].max())))
+        if not math.isfinite(found):
+            return found
+        largest = max(largest, found)
+    return largest
 
 
 def _log2(weight: int) -> int:
@@ -97,11 +108,11 @@ class FixedPointSum:
     def _fold(self, name: str, values: NDArray[Any], weight: float) -> None:
         factor = weight * 2.0 ** self._scales[name].bits
         flat, accumulator = values.reshape(-1), self._sums[name]
-        for start in starts(flat):
-            scaled = flat[start : start + BLOCK].astype(np.float64)
+        for part in blocks(flat, accumulator):
+            scaled = flat[part].astype(np.float64)
             scaled *= factor
             np.rint(scaled, out=scaled)
-            accumulator[start : start + BLOCK] += scaled.astype(np.int64)
+            accumulator[part] += scaled.astype(np.int64)
 
     def step(
         self, model: Arrays, rate: float, out: Arrays | None = None, rates: Mapping[str, float] | None = None
@@ -118,18 +129,13 @@ class FixedPointSum:
     def move(self, name: str, values: NDArray[Any], rate: float, moved: NDArray[Any]) -> None:
         """Writes values + rate * mean into `moved`, which may be `values`."""
         flat, written = values.reshape(-1), moved.reshape(-1)
-        for part in blocks(flat):
+        for part in blocks(flat, written, self._sums[name]):
             put(flat[part].astype(np.float64) + rate * self.mean(name, part), written[part])
 
     def mean(self, name: str, part: slice) -> NDArray[np.float64]:
         """The weighted mean over a block of one tensor, seen flat."""
         divisor = float(self.weight) * 2.0 ** self._scales[name].bits
         return self._sums[name][part].astype(np.float64) / divisor
-
-
-def blocks(flat: NDArray[Any]) -> Iterator[slice]:
-    """Parts of a flat array that fit into the processor's cache, in order."""
-    return (slice(start, start + BLOCK) for start in range(0, flat.size, BLOCK))
 
 
 def put(exact: NDArray[np.float64], out: NDArray[Any]) -> None:
@@ -142,21 +148,11 @@ def put(exact: NDArray[np.float64], out: NDArray[Any]) -> None:
 def check_within(bound: float, name: str, values: NDArray[Any]) -> None:
     """Raises BadMessage unless all values of a tensor are finite and lie within ±bound."""
     flat = values.reshape(-1)
-    for start in starts(flat):
-        block = flat[start : start + BLOCK]
+    for part in blocks(flat):
+        block = flat[part]
         # Also false for NaN, which compares unequal to everything. In float16 a bound might be infinite.
         if not (float(block.min()) >= -bound and float(block.max()) <= bound):
             raise BadMessage(f"tensor {name!r} has values that are not finite or beyond ±{bound:g}")
-
-
-def starts(flat: NDArray[Any]) -> Iterator[int]:
-    """Where each block begins. Of a mapped file little is held at a time."""
-    for number, start in enumerate(range(0, flat.size, BLOCK)):
-        if number % GIVEN_BACK_EVERY == GIVEN_BACK_EVERY - 1:
-            give_back(flat)
-        yield start
-    if flat.size > BLOCK:
-        give_back(flat)
 
 
 def _range(dtype: np.dtype[Any]) -> tuple[float, float]:

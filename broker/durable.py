@@ -6,19 +6,23 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from broker.mapped import Draft
 from broker.tensors import Buffer
 
 
 def replace_file(path: Path, content: Buffer | Sequence[Buffer], beside: Path, *, synced: bool = True) -> None:
     """Writes the content, perhaps in pieces, to `beside` in the same directory, syncs it, gives it the name `path`,
-    and syncs the directory.
+    and syncs the directory. A draft only gets its name: nothing is copied.
 
     Raises OSError; then `path` is what it was, and `beside` is gone. What is not `synced` survives the process, but
     perhaps no power loss: that may leave the old content, a damaged file, or none.
     """
+    draft = Draft.behind(content)
     try:
-        with beside.open("wb") as file:
-            file.writelines([content] if isinstance(content, Buffer) else content)
+        is_there = draft is not None and draft.link(beside)
+        with beside.open("rb+" if is_there else "wb") as file:
+            if not is_there:
+                file.writelines([content] if isinstance(content, Buffer) else content)
             file.flush()
             if synced:
                 os.fsync(file.fileno())

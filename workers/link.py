@@ -18,7 +18,7 @@ from broker.offload import off_loop
 from broker.payloads import PREFETCH, Address, Arrived, Assembly, collect, upload, verify
 from broker.retry import Backoff, publish
 from broker.store import Store
-from broker.tensors import Buffer
+from broker.tensors import Buffer, Room
 from broker.topology import AGGREGATOR, CHUNK, Topology
 from broker.transport import Broker, Delivery, Inbox, Transport
 from broker.wire import encode
@@ -69,6 +69,15 @@ class Kept:
     blob: Buffer
 
 
+@dataclass(frozen=True, slots=True)
+class Means:
+    """The way to the claim-check store, if there is one, and `room` for a large body that arrives: it is asked
+    for in a thread."""
+
+    store: Store | None = None
+    room: Room = tensors.in_memory
+
+
 class Link:
     """One connection to consume and one to publish, made again whenever either is lost.
 
@@ -77,11 +86,12 @@ class Link:
     """
 
     def __init__(
-        self, participant: str, broker: Broker, topology: Topology, settings: WorkerSettings, store: Store | None
+        self, participant: str, broker: Broker, topology: Topology, settings: WorkerSettings, means: Means
     ) -> None:
         self.participant = participant
         self.trouble = "it is being connected to"  # why there is no connection; empty while there is
-        self._broker, self._topology, self._settings, self._store = broker, topology, settings, store
+        self._broker, self._topology, self._settings = broker, topology, settings
+        self._store, self._room = means.store, means.room
         self._backoff = Backoff(settings.retry_s)
         self._reader: Transport | None = None
         self._writer: Transport | None = None
@@ -192,7 +202,7 @@ class Link:
     async def _download(self, run_id: str, where: Where) -> Buffer:
         """Goes on where the last attempt was cut off, if that was to fetch the same."""
         if self._partial is None or self._partial.where != where:
-            blob = await asyncio.to_thread(bytearray, where.size_bytes)
+            blob = await asyncio.to_thread(self._room, where.size_bytes)
             self._partial = Assembly.into(blob, where, AGGREGATOR)
         partial = self._partial
         try:
