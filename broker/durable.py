@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from broker.mapped import Draft
-from broker.tensors import Buffer
+from broker.tensors import Buffer, give_back
+
+WRITTEN_BYTES = 8 << 20  # between two times that a mapped file is given back
 
 
 def replace_file(path: Path, content: Buffer | Sequence[Buffer], beside: Path, *, synced: bool = True) -> None:
@@ -22,7 +25,7 @@ def replace_file(path: Path, content: Buffer | Sequence[Buffer], beside: Path, *
         is_there = draft is not None and draft.link(beside)
         with beside.open("rb+" if is_there else "wb") as file:
             if not is_there:
-                file.writelines([content] if isinstance(content, Buffer) else content)
+                _write(file, [content] if isinstance(content, Buffer) else content)
             file.flush()
             if synced:
                 os.fsync(file.fileno())
@@ -34,6 +37,14 @@ def replace_file(path: Path, content: Buffer | Sequence[Buffer], beside: Path, *
         raise
     if synced:
         _sync(path.parent)
+
+
+def _write(file: BinaryIO, pieces: Sequence[Buffer]) -> None:
+    for piece in pieces:
+        view = memoryview(piece)
+        for start in range(0, len(view), WRITTEN_BYTES):
+            file.write(view[start : start + WRITTEN_BYTES])
+            give_back(view[start : start + WRITTEN_BYTES])
 
 
 def rename_file(path: Path, to: Path) -> None:

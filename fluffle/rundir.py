@@ -16,6 +16,7 @@ import numpy as np
 from broker import tensors
 from broker.durable import replace_file
 from broker.errors import BadMessage, StateError
+from broker.mapped import read_mapped
 from broker.tensors import Arrays
 from fluffle.config import RUNS, Config, load_config, taken_on_trust
 from fluffle.layers import from_toml, to_toml
@@ -166,9 +167,9 @@ def find_model(name: str, root: Path = Path(RUNS)) -> tuple[Path, RunDir | None]
 
 
 def load_model(path: Path) -> Arrays:
-    """The arrays in a safetensors file. Raises StateError."""
+    """The arrays in a safetensors file, read from there when they are looked at. Raises StateError."""
     try:
-        return tensors.decode(path.read_bytes())
+        return tensors.decode(read_mapped(path))
     except (OSError, BadMessage) as error:
         raise StateError(f"{path}: not a readable safetensors file: {error}") from None
 
@@ -185,7 +186,7 @@ def export_model(model: Path, out: Path, file_format: str) -> None:
     """Copies a model file as `safetensors`, or writes its arrays as `npz`. Raises StateError."""
     try:
         if file_format == "npz":
-            arrays: dict[str, Any] = dict(tensors.decode(model.read_bytes()))
+            arrays: dict[str, Any] = dict(tensors.decode(read_mapped(model)))
             with out.open("wb") as file:  # given a name, NumPy would add an ending to it
                 np.savez(file, **arrays)
         else:
