@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aggregator.room import Zeros, in_memory
 from broker.errors import BadMessage, StateError
-from broker.tensors import Arrays, Named, blocks
+from broker.tensors import Arrays, Named, blocks, give_back, is_mapped
 
 LEAST_BOUND = 2.0**10
 
@@ -66,23 +67,30 @@ def _log2(weight: int) -> int:
 
 
 class FixedPointSum:
-    """The weighted sum of arrays shaped like a model: one int64 accumulator, however many updates."""
+    """The weighted sum of arrays shaped like a model: one int64 accumulator, however many updates. `zeros`: where
+    it lies."""
 
-    def __init__(self, weight_max: int, weight_cap: int) -> None:
+    def __init__(self, weight_max: int, weight_cap: int, zeros: Zeros = in_memory) -> None:
         self.weight_max = weight_max
         self.weight_cap = weight_cap
         self.weight = 0
+        self._zeros = zeros
         self._scales: dict[str, Scale] = {}
         self._sums: dict[str, NDArray[np.int64]] = {}
 
     def start(self, model: Arrays) -> None:
-        """Begins at zero for updates of this model; the accumulators are allocated once per run."""
+        """Begins at zero for updates of this model; accumulators in memory are allocated once per run."""
         self._scales = {name: Scale.of(name, v, self.weight_max, self.weight_cap) for name, v in model.items()}
         self.weight = 0
-        if {n: s.size for n, s in self._sums.items()} != {n: v.size for n, v in model.items()}:
-            self._sums = {name: np.zeros(v.size, np.int64) for name, v in model.items()}
-        for accumulator in self._sums.values():
-            accumulator.fill(0)
+        is_there = {n: s.size for n, s in self._sums.items()} == {n: v.size for n, v in model.items()}
+        if is_there and not any(map(is_mapped, self._sums.values())):
+            for accumulator in self._sums.values():
+                accumulator.fill(0)
+            return
+        self._sums.clear()  # a new file costs less than zeros in the old one
+        sizes = [values.size for values in model.values()]
+        parts = np.split(self._zeros(sum(sizes)), np.cumsum(sizes)[:-1])
+        self._sums = dict(zip(model, parts, strict=True))
 
     def add(
         self, arrays: Named, weight: int, damping: float = 1.0, divisors: Mapping[str, float] | None = None
@@ -129,13 +137,15 @@ class FixedPointSum:
     def move(self, name: str, values: NDArray[Any], rate: float, moved: NDArray[Any]) -> None:
         """Writes values + rate * mean into `moved`, which may be `values`."""
         flat, written = values.reshape(-1), moved.reshape(-1)
-        for part in blocks(flat, written, self._sums[name]):
+        for part in blocks(flat, written):
             put(flat[part].astype(np.float64) + rate * self.mean(name, part), written[part])
 
     def mean(self, name: str, part: slice) -> NDArray[np.float64]:
         """The weighted mean over a block of one tensor, seen flat."""
         divisor = float(self.weight) * 2.0 ** self._scales[name].bits
-        return self._sums[name][part].astype(np.float64) / divisor
+        summed = self._sums[name][part].astype(np.float64)
+        give_back(self._sums[name][part])
+        return summed / divisor
 
 
 def put(exact: NDArray[np.float64], out: NDArray[Any]) -> None:

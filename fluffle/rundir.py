@@ -17,7 +17,6 @@ from broker import tensors
 from broker.durable import replace_file
 from broker.errors import BadMessage, StateError
 from broker.mapped import read_mapped
-from broker.tensors import Arrays
 from fluffle.config import RUNS, Config, load_config, taken_on_trust
 from fluffle.layers import from_toml, to_toml
 
@@ -164,14 +163,6 @@ def find_model(name: str, root: Path = Path(RUNS)) -> tuple[Path, RunDir | None]
     if not run.model_file.is_file():
         raise StateError(f"{run.path}: the run has no model.safetensors yet: let it finish, or name a checkpoint")
     return run.model_file, run
-
-
-def load_model(path: Path) -> Arrays:
-    """The arrays in a safetensors file, read from there when they are looked at. Raises StateError."""
-    try:
-        return tensors.decode(read_mapped(path))
-    except (OSError, BadMessage) as error:
-        raise StateError(f"{path}: not a readable safetensors file: {error}") from None
 
 
 def newest_run(root: Path = Path(RUNS)) -> RunDir:
