@@ -26,7 +26,7 @@ Buffer = bytes | bytearray | memoryview
 Room = Callable[[int], Buffer]  # so many bytes to write into: memory, or a mapped file
 
 BLOCK = 1 << 16  # values: float64 and int64 temporaries of a block stay in the processor's cache
-GIVEN_BACK_EVERY = 64  # blocks, if they lie in a mapped file
+GIVEN_BACK_EVERY = 16  # blocks, if they lie in a mapped file
 PAGE_BYTES = mmap.PAGESIZE
 MAX_MANIFEST_BYTES = 16 << 20
 REMEMBERED_BYTES = 64 << 10  # manifests up to this size are remembered: each round has the same one
@@ -178,7 +178,7 @@ def _address(view: object) -> int:
 
 def blocks(*flats: NDArray[Any]) -> Iterator[slice]:
     """Parts of flat arrays of one size that fit into the processor's cache, in order. Of mapped files only what was
-    looked at last is held: 16 MiB in float32."""
+    looked at last is held: 4 MiB in float32."""
     size, stretch = flats[0].size, GIVEN_BACK_EVERY * BLOCK
     for start in range(0, size, BLOCK):
         yield slice(start, min(start + BLOCK, size))
