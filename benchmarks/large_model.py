@@ -78,7 +78,6 @@ def run_checked(node: Node, federation: str, load: Load) -> Measured:
 def lines_of(load: Load, ours: Measured, idle: Measured, small: Measured) -> list[Line]:
     mb, small_mb, name = mb_of(load), mb_of(load_of(REFERENCE_MB, 1)), f"{round(mb_of(load) / 1000, 1):g} GB"
     above = {who: peak - idle.peak_mb[who] for who, peak in ours.peak_mb.items()}
-    anonymous = {who: most - idle.anonymous_mb[who] for who, most in ours.anonymous_mb.items()}
     bound = MODELS_HELD * mb + FIXED_MB
     what = f"{round(mb)} MB, {PARTICIPANTS} participants"
     beside, most = f"{what}, beside {round(small_mb)} MB", round(bound)
@@ -91,7 +90,7 @@ def lines_of(load: Load, ours: Measured, idle: Measured, small: Measured) -> lis
             most_ratio=MOST_CPU_RATIO,
         ),
         line(name, f"aggregator above idle, {what}", "MB", above["aggregator"], mb, most=most),
-        line(name, f"aggregator above idle, anonymous, {what}", "MB", anonymous["aggregator"], mb, most=most),
+        line(name, f"aggregator, anonymous, {what}", "MB", ours.anonymous_mb["aggregator"], mb),
         line(name, f"a worker beyond its training, {what}", "MB", above["workers"] - mb, mb, most=FIXED_MB),
         line(name, f"RabbitMQ, {what}", "MB at most", ours.peak_mb["rabbitmq"]),
     ]  # fmt: skip
