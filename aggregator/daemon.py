@@ -548,6 +548,7 @@ class Term:
         metrics = dict(record.metrics)
         if evaluation_due(self.settings, "central", record.round):
             metrics |= await self.job.measure(self.model, self.around.on_notice)
+            tensors.give_back(self.blob)
         return record.with_(
             version=record.version + 1, model=where, state=state, previous=record.model, difference=way,
             metrics=metrics,
