@@ -15,7 +15,7 @@ from aggregator.checkpoints import Checkpoints
 from aggregator.history import OUTCOMES, History, RoundReport
 from aggregator.poison import Poison
 from broker.head import HeadRecord
-from broker.tensors import Buffer
+from broker.tensors import Buffer, in_memory
 
 BEHIND_S = 0.25  # that files may lag behind, where writing is quick
 DISK_SHARE = 0.1  # of the time may pass with writing what may be behind
@@ -44,6 +44,11 @@ class Archive:
         self._history_at = self._checkpoint_at = 0.0  # the earliest next time, as the event loop's clock has it
         self._closing = asyncio.Event()
 
+    def room(self, size_bytes: int) -> Buffer:
+        """Where a large body is to be written that may be stored: on the disk, if it must be there in time. For a
+        thread."""
+        return in_memory(size_bytes) if self._behind_s else self.checkpoints.draft(size_bytes)
+
     async def store(self, sha256: str, blob: Buffer) -> None:
         """Puts a model body under its digest, before a record names it: on return it is on the disk."""
         if self._behind_s:
@@ -55,7 +60,7 @@ class Archive:
         """As `store`, for a body that the record itself carries: it is written with that record."""
         self._kept[sha256] = blob
 
-    async def load(self, sha256: str) -> bytearray | None:
+    async def load(self, sha256: str) -> memoryview | None:
         """A model body, or None."""
         return await asyncio.to_thread(self.checkpoints.load, sha256)
 

@@ -1,18 +1,17 @@
 """Models on disk: `<sha256>.safetensors`, and for people one readable manifest per version.
 
 A file under its final name is complete: it is written beside it, synced, and renamed. `sha256sum FILE`
-prints the name of the file.
+prints the name of the file. A large model is written where its checkpoint will be, tensor by tensor, and read
+there: nobody holds it in memory.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ import structlog
 from broker.durable import replace_file
 from broker.errors import BadMessage, StateError
 from broker.head import HeadRecord
+from broker.mapped import Draft, draft, read_mapped
 from broker.messages import Where
+from broker.payloads import sha256_of
 from broker.tensors import Buffer, manifest_of
 
 FORMAT = "fluffle-checkpoint"
@@ -47,11 +48,15 @@ class Checkpoints:
         """Where a model or a strategy's state lies, or would lie."""
         return self.directory / f"{sha256}{MODEL_SUFFIX}"
 
+    def draft(self, size_bytes: int) -> memoryview:
+        """Room for a body that is still to be written, on this disk: once it is stored, it is its file."""
+        return draft(self.directory, size_bytes)
+
     def store(self, sha256: str, blob: Buffer) -> None:
         """Puts a model or a strategy's state under its digest; on return it is on the disk."""
         path = self.path(sha256)
         with _disk(path):
-            if not (path.exists() and path.stat().st_size == len(blob)):
+            if Draft.behind(blob) or not (path.exists() and path.stat().st_size == len(blob)):
                 _write(path, blob)
 
     def describe(self, record: HeadRecord) -> None:
@@ -71,12 +76,13 @@ class Checkpoints:
         with _disk(path):
             _write(path, json.dumps(manifest, indent=2).encode())
 
-    def load(self, sha256: str) -> bytearray | None:
-        """The model or state of that digest, or None. A damaged file is set aside and reported."""
+    def load(self, sha256: str) -> memoryview | None:
+        """The model or state of that digest, read where it lies, or None. A damaged file is set aside and
+        reported."""
         path = self.path(sha256)
         with _disk(path):
-            blob = _read(path) if path.exists() else None
-        if blob is not None and hashlib.sha256(blob).hexdigest() != sha256:
+            blob = read_mapped(path) if path.exists() else None
+        if blob is not None and sha256_of(blob) != sha256:
             self._set_aside(path)
             return None
         return blob
@@ -133,8 +139,8 @@ class Checkpoints:
         if not path.exists():
             log.error("checkpoint_missing", file=str(path))
             return False
-        with _disk(path), path.open("rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        with _disk(path):
+            whole = sha256_of(read_mapped(path)) == sha256
         if not whole:
             self._set_aside(path)
         return whole
@@ -148,9 +154,9 @@ class Checkpoints:
 
 def _tensors(path: Path) -> list[dict[str, Any]]:
     try:
-        with _disk(path), path.open("rb") as file:
-            specs = manifest_of(memoryview(mmap(file.fileno(), 0, access=ACCESS_READ)))
-    except (BadMessage, ValueError) as error:
+        with _disk(path):
+            specs = manifest_of(read_mapped(path))
+    except BadMessage as error:
         raise StateError(f"{path}: not a safetensors file: {error}") from None
     return [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in specs]
 
@@ -170,13 +176,6 @@ def _manifest(record: HeadRecord, model: Where, tensors: list[dict[str, Any]]) -
         "state_file": f"{record.state.sha256}{MODEL_SUFFIX}" if record.state else None,
         "head": record.model_dump(mode="json"),
     }
-
-
-def _read(path: Path) -> bytearray:
-    with path.open("rb") as file:
-        blob = bytearray(path.stat().st_size)
-        del blob[file.readinto(blob) :]
-    return blob
 
 
 def _identity(path: Path) -> tuple[int, ...]:

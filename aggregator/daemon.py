@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import structlog
 
 from aggregator import control, plan, status
@@ -68,6 +67,7 @@ from broker.messages import (
     UpdateReady,
 )  # fmt: skip
 from broker.offload import LIGHT_BYTES, contained, off_loop
+from broker.payloads import verify
 from broker.retry import Backoff, publish
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery, Inbox
@@ -189,7 +189,7 @@ class Term:
     @property
     def _work_bytes(self) -> int:
         """How heavy the strategy's work is. What uses the disk is never light."""
-        return len(self.blob) + self.strategy.uses_disk * LIGHT_BYTES
+        return len(self.blob) + (self.strategy.uses_disk or self.models.is_large(self.blob)) * LIGHT_BYTES
 
     @property
     def caught_up(self) -> bool:
@@ -251,7 +251,9 @@ class Term:
         takeover = Takeover(self.job, self.lead, self.topology, self.archive, self.models)
         bodies, reading = await takeover.take_over(self.began)
         self.blob, self.model = bodies.model, tensors.decode(bodies.model)
-        self._take_state(bodies.state)
+        self._take_state(
+            await off_loop(len(bodies.state), bytearray, bodies.state)
+        )  # the strategy may write over it
         self.intake.expect(self.model, self.strategy.wants, self.settings.personal.patterns)
         if self.state or self.settings.personal.local:  # what is unfit is refused before anybody is asked
             self.strategy.start(self.model, self.state)
@@ -531,6 +533,7 @@ class Term:
     async def _new_version(self, record: HeadRecord) -> HeadRecord:
         """The record with the round's new model, stored and measured but not yet committed."""
         step: tensors.Buffer | None = None
+        await self._check_base()
         if self.job.root is not None:
             await self._add_root(self.job.root, record.round)
         if self.settings.codec.down != NONE and self.models.is_large(self.blob):
@@ -545,10 +548,19 @@ class Term:
         metrics = dict(record.metrics)
         if evaluation_due(self.settings, "central", record.round):
             metrics |= await self.job.measure(self.model, self.around.on_notice)
+            tensors.give_back(self.blob)
         return record.with_(
             version=record.version + 1, model=where, state=state, previous=record.model, difference=way,
             metrics=metrics,
         )  # fmt: skip
+
+    async def _check_base(self) -> None:
+        """What lies on a disk is not built upon before it was looked at. A new term has it from the broker."""
+        if self.head.model is not None and tensors.is_mapped(self.blob):
+            try:
+                await verify(self.blob, self.head.model)
+            except BadMessage as damaged:
+                raise LeadershipLost(f"the global model's file was damaged: {damaged.reason}") from damaged
 
     async def _add_root(self, root: Callable[[tensors.Arrays, int], tensors.Arrays], number: int) -> None:
         """Adds the aggregator's own update, as if it were a participant's."""
@@ -559,7 +571,7 @@ class Term:
     def _combine_stepwise(self) -> tuple[tensors.Buffer, tensors.Buffer]:
         """The version to commit, and its difference to the one before, which stays as it is."""
         arrays, step = difference(self.settings.codec.down, self.model, self.strategy.finish())
-        return tensors.encode(arrays), step
+        return tensors.encode_in(self.models.room, arrays).toreadonly(), step
 
     async def _way(self, record: HeadRecord, step: tensors.Buffer | None) -> Difference | None:
         """Where the difference to the record's model is, once it is there."""
@@ -569,14 +581,13 @@ class Term:
         return Difference(base=record.model.sha256, codec=self.settings.codec.down, body=body)
 
     def _combine(self) -> tensors.Buffer:
-        """The new model. A large one takes the place of the old one, unless somebody else still looks at that: if
-        it is not committed, whoever leads next reads the old one from the broker or the disk."""
-        blob = self.blob if self._is_ours(self.blob) else bytearray(self.blob)
+        """The new model. A large one is written where its checkpoint will be."""
+        blob = tensors.blank(self.model, self.models.room)
         self.strategy.finish(tensors.decode(blob, writable=True))
-        return blob
+        return blob.toreadonly()
 
     def _is_ours(self, blob: tensors.Buffer) -> bool:
-        """Whether nobody else looks at these bytes, so that the next version's may take their place."""
+        """Whether nobody else looks at these bytes, so that the next state's may take their place."""
         store = self.around.store
         shared = self.around.behind_s or (store is not None and store.hands_over)
         return len(blob) > self.settings.broker.inline_bytes and not shared and not memoryview(blob).readonly
@@ -591,7 +602,7 @@ class Term:
         state = self.strategy.state
         if not state or state is self.state:
             return self.state_blob if state else b""
-        return tensors.encode_each(state, lambda name, out: np.copyto(out, state[name]))
+        return tensors.encode_in(tensors.in_memory, state)
 
     async def _reopen(self, current: Round, record: HeadRecord) -> None:
         """Changes who is asked, or until when; what was accepted stays, for the record's offset stays too."""

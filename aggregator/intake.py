@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
-import os
+import asyncio
 import secrets
-import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -14,8 +12,9 @@ import structlog
 from aggregator.ways import Ways
 from broker import codecs
 from broker.codecs import NONE, SPARE_BYTES
-from broker.errors import BadMessage, ConnectionLost, StateError, StoreFailed, TransportError
+from broker.errors import BadMessage, ConnectionLost, StoreFailed, TransportError
 from broker.lora import largest_rank, of_rank
+from broker.mapped import draft
 from broker.messages import Barrier, FromParticipant, Message, UpdateReady, Wants, Where
 from broker.offload import off_loop
 from broker.payloads import MIN_CHUNK_BYTES, MIN_PART_BYTES, PREFETCH, Assembly, collect, is_possible, verify
@@ -140,7 +139,7 @@ class Intake:
             raise BadMessage(f"{participant} has no outbox: large updates go the way that the model came")
         _check_pieces(where, MIN_CHUNK_BYTES)
         outbox = self._topology.outbox(participant)
-        buffer = scratch(self._scratch, where.size_bytes)
+        buffer = await asyncio.to_thread(draft, self._scratch, where.size_bytes)
         barrier = Barrier(nonce=secrets.token_hex(8))
         stream = await self._reader.read(outbox, offset=self._read_to[participant], prefetch=PREFETCH)
         try:
@@ -157,7 +156,8 @@ class Intake:
         if self._store is None:
             raise BadMessage("the update is in a claim-check store, and this aggregator was given none")
         _check_pieces(where, MIN_PART_BYTES)
-        assembly = Assembly.into(scratch(self._scratch, where.size_bytes), where, update.participant)
+        room = await asyncio.to_thread(draft, self._scratch, where.size_bytes)
+        assembly = Assembly.into(room, where, update.participant)
         try:
             await self._store.fill(self._place(update), assembly)
         except StoreFailed as failed:
@@ -169,18 +169,3 @@ class Intake:
 def _check_pieces(where: Where, min_piece_bytes: int) -> None:
     if not is_possible(where, min_piece_bytes):
         raise BadMessage(f"{where.size_bytes} bytes in {where.chunks} pieces are impossible")
-
-
-def scratch(directory: Path, size_bytes: int) -> memoryview:
-    """Memory backed by a file without a name: the system may write it out, and it is gone with the process.
-
-    Whoever passes over it gives it back on the way (`tensors.give_back`), so it takes room in the system's cache.
-    """
-    try:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            os.posix_fallocate(file.fileno(), 0, size_bytes)  # or a full disk would kill us later, as SIGBUS
-            return memoryview(mmap.mmap(file.fileno(), size_bytes))
-    except OSError as error:
-        raise StateError(
-            f"{directory}: no room for an update of {size_bytes} bytes ({error}): free some"
-        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from broker.head import HeadRecord
 from broker.messages import Chunk, Where
 from broker.offload import off_loop
 from broker.payloads import PREFETCH, Address, Assembly, collect, describe, upload, verify
-from broker.tensors import Buffer
+from broker.tensors import Buffer, in_memory
 from broker.topology import AGGREGATOR
 from broker.transport import Inbox, Stream
 from broker.wire import decode
@@ -83,6 +84,11 @@ class Models:
         """Whether participants fetch such a model, rather than get it with every order."""
         return len(blob) > self._settings.inline_bytes
 
+    def room(self, size_bytes: int) -> Buffer:
+        """Where a model is to be written. For a thread."""
+        is_large = size_bytes > self._settings.inline_bytes
+        return self._archive.room(size_bytes) if is_large else in_memory(size_bytes)
+
     async def put_again(self, run_id: str, where: Where | None, blob: Buffer) -> None:
         """Makes sure that a model in the store is there: somebody may have deleted it."""
         if where is not None and where.where == "url" and self._store is not None:
@@ -115,8 +121,8 @@ class Models:
         if where.where == "inline":
             blob: Buffer = bytes(payload[: where.size_bytes])
         else:
-            blob = bytearray(where.size_bytes)
-            assembly = Assembly.into(blob, where, AGGREGATOR)
+            room = await asyncio.to_thread(self.room, where.size_bytes)
+            blob, assembly = memoryview(room).toreadonly(), Assembly.into(room, where, AGGREGATOR)
             if where.where == "stream":
                 await self._collect(assembly)
             elif self._store is None:

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aggregator.sums import BLOCK, starts
 from broker.errors import StateError
-from broker.tensors import Arrays, Named
+from broker.tensors import Arrays, Named, blocks
 
 ROOM = 1 << 19  # values of all updates together that a block holds: 4 MiB in float64
 
@@ -67,8 +66,8 @@ class Stack:
         self._places[participant] = place
 
     def _write(self, offset: int, flat: NDArray[Any]) -> None:
-        for start in starts(flat):
-            piece = np.ascontiguousarray(flat[start : start + BLOCK]).data.cast("B")
+        for part in blocks(flat):
+            piece = np.ascontiguousarray(flat[part]).data.cast("B")
             while piece:
                 written = os.pwrite(self._file, piece, offset)
                 offset, piece = offset + written, piece[written:]

@@ -8,18 +8,17 @@ every leader that replays the same updates computes the same sum. See docs/archi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aggregator.room import Zeros, in_memory
 from broker.errors import BadMessage, StateError
-from broker.tensors import Arrays, Named, give_back
+from broker.tensors import Arrays, Named, blocks, give_back, is_mapped
 
-BLOCK = 1 << 16  # values: float64 and int64 temporaries of a block stay in the processor's cache
-GIVEN_BACK_EVERY = 64  # blocks, if they lie in a mapped file
 LEAST_BOUND = 2.0**10
 
 
@@ -38,7 +37,7 @@ class Scale:
                 f"tensor {name!r} has dtype {values.dtype}, which cannot be averaged: leave it out of the model's "
                 "arrays (in torch: register_buffer(..., persistent=False))"
             )
-        largest = max(abs(float(values.min())), abs(float(values.max()))) if values.size else 0.0
+        largest = _largest(values)
         if not math.isfinite(largest):
             raise StateError(f"tensor {name!r} of the global model is not finite: the run has diverged")
         log_bound = math.ceil(math.log2(max(LEAST_BOUND, 16 * largest)))
@@ -50,28 +49,48 @@ class Scale:
         return cls(2.0**log_bound, bits)
 
 
+def _largest(values: NDArray[Any]) -> float:
+    """The largest magnitude; not finite if any value is not."""
+    if not values.flags.c_contiguous:  # the same value everywhere, which takes no memory
+        values = values[(slice(1),) * values.ndim]
+    flat, largest = values.reshape(-1), 0.0
+    for part in blocks(flat):
+        found = max(abs(float(flat[part].min())), abs(float(flat[part].max())))
+        if not math.isfinite(found):
+            return found
+        largest = max(largest, found)
+    return largest
+
+
 def _log2(weight: int) -> int:
     return max(0, (weight - 1).bit_length())
 
 
 class FixedPointSum:
-    """The weighted sum of arrays shaped like a model: one int64 accumulator, however many updates."""
+    """The weighted sum of arrays shaped like a model: one int64 accumulator, however many updates. `zeros`: where
+    it lies."""
 
-    def __init__(self, weight_max: int, weight_cap: int) -> None:
+    def __init__(self, weight_max: int, weight_cap: int, zeros: Zeros = in_memory) -> None:
         self.weight_max = weight_max
         self.weight_cap = weight_cap
         self.weight = 0
+        self._zeros = zeros
         self._scales: dict[str, Scale] = {}
         self._sums: dict[str, NDArray[np.int64]] = {}
 
     def start(self, model: Arrays) -> None:
-        """Begins at zero for updates of this model; the accumulators are allocated once per run."""
+        """Begins at zero for updates of this model; accumulators in memory are allocated once per run."""
         self._scales = {name: Scale.of(name, v, self.weight_max, self.weight_cap) for name, v in model.items()}
         self.weight = 0
-        if {n: s.size for n, s in self._sums.items()} != {n: v.size for n, v in model.items()}:
-            self._sums = {name: np.zeros(v.size, np.int64) for name, v in model.items()}
-        for accumulator in self._sums.values():
-            accumulator.fill(0)
+        is_there = {n: s.size for n, s in self._sums.items()} == {n: v.size for n, v in model.items()}
+        if is_there and not any(map(is_mapped, self._sums.values())):
+            for accumulator in self._sums.values():
+                accumulator.fill(0)
+            return
+        self._sums.clear()  # a new file costs less than zeros in the old one
+        sizes = [values.size for values in model.values()]
+        parts = np.split(self._zeros(sum(sizes)), np.cumsum(sizes)[:-1])
+        self._sums = dict(zip(model, parts, strict=True))
 
     def add(
         self, arrays: Named, weight: int, damping: float = 1.0, divisors: Mapping[str, float] | None = None
@@ -97,11 +116,11 @@ class FixedPointSum:
     def _fold(self, name: str, values: NDArray[Any], weight: float) -> None:
         factor = weight * 2.0 ** self._scales[name].bits
         flat, accumulator = values.reshape(-1), self._sums[name]
-        for start in starts(flat):
-            scaled = flat[start : start + BLOCK].astype(np.float64)
+        for part in blocks(flat, accumulator):
+            scaled = flat[part].astype(np.float64)
             scaled *= factor
             np.rint(scaled, out=scaled)
-            accumulator[start : start + BLOCK] += scaled.astype(np.int64)
+            accumulator[part] += scaled.astype(np.int64)
 
     def step(
         self, model: Arrays, rate: float, out: Arrays | None = None, rates: Mapping[str, float] | None = None
@@ -118,18 +137,15 @@ class FixedPointSum:
     def move(self, name: str, values: NDArray[Any], rate: float, moved: NDArray[Any]) -> None:
         """Writes values + rate * mean into `moved`, which may be `values`."""
         flat, written = values.reshape(-1), moved.reshape(-1)
-        for part in blocks(flat):
+        for part in blocks(flat, written):
             put(flat[part].astype(np.float64) + rate * self.mean(name, part), written[part])
 
     def mean(self, name: str, part: slice) -> NDArray[np.float64]:
         """The weighted mean over a block of one tensor, seen flat."""
         divisor = float(self.weight) * 2.0 ** self._scales[name].bits
-        return self._sums[name][part].astype(np.float64) / divisor
-
-
-def blocks(flat: NDArray[Any]) -> Iterator[slice]:
-    """Parts of a flat array that fit into the processor's cache, in order."""
-    return (slice(start, start + BLOCK) for start in range(0, flat.size, BLOCK))
+        summed = self._sums[name][part].astype(np.float64)
+        give_back(self._sums[name][part])
+        return summed / divisor
 
 
 def put(exact: NDArray[np.float64], out: NDArray[Any]) -> None:
@@ -142,21 +158,11 @@ def put(exact: NDArray[np.float64], out: NDArray[Any]) -> None:
 def check_within(bound: float, name: str, values: NDArray[Any]) -> None:
     """Raises BadMessage unless all values of a tensor are finite and lie within ±bound."""
     flat = values.reshape(-1)
-    for start in starts(flat):
-        block = flat[start : start + BLOCK]
+    for part in blocks(flat):
+        block = flat[part]
         # Also false for NaN, which compares unequal to everything. In float16 a bound might be infinite.
         if not (float(block.min()) >= -bound and float(block.max()) <= bound):
             raise BadMessage(f"tensor {name!r} has values that are not finite or beyond ±{bound:g}")
-
-
-def starts(flat: NDArray[Any]) -> Iterator[int]:
-    """Where each block begins. Of a mapped file little is held at a time."""
-    for number, start in enumerate(range(0, flat.size, BLOCK)):
-        if number % GIVEN_BACK_EVERY == GIVEN_BACK_EVERY - 1:
-            give_back(flat)
-        yield start
-    if flat.size > BLOCK:
-        give_back(flat)
 
 
 def _range(dtype: np.dtype[Any]) -> tuple[float, float]:

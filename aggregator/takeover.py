@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-import numpy as np
 import structlog
 
 from aggregator.archive import Archive
@@ -151,7 +150,7 @@ class Takeover:
 
     def _initial(self) -> tensors.Buffer:
         arrays = contained(self._job.initial)()
-        return tensors.encode_each(arrays, lambda name, out: np.copyto(out, arrays[name]))
+        return tensors.encode_in(self._models.room, arrays).toreadonly()
 
 
 async def commit(lead: Lead, record: HeadRecord, bodies: Bodies) -> None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from yarl import URL
 
 from aggregator.checkpoints import Checkpoints
@@ -26,10 +29,22 @@ from aggregator.settings import (
     RunSettings,
     StopSettings,
 )
-from benchmarks.measure import Groups, Mark, between, forget_peaks, mark, node_pids, peak_mb, private_node
-from benchmarks.tasks import DRIFT, random_model
+from benchmarks.measure import (
+    Groups,
+    Mark,
+    anonymous_mb,
+    between,
+    forget_peaks,
+    mark,
+    node_pids,
+    peak_mb,
+    private_node,
+)
+from benchmarks.tasks import DRIFT, random_model, random_values
 from broker import tensors
 from broker.definitions import Enrolment, access_definitions, password_hash
+from broker.durable import replace_file
+from broker.mapped import draft
 from broker.topology import Topology
 from broker.wire import encode
 from fluffle.chaos.node import Node
@@ -46,7 +61,8 @@ PLAIN = CodecSettings()
 class Load:
     """What goes round: a model of so many floats, `rounds` times after a warm-up, between so many participants.
 
-    `processes` is how many share the workers.
+    `processes` is how many share the workers. `shapes` of tensors stand in for so many floats in so many tensors.
+    `longest_s`: of a round. Without a warm-up the first round counts from when the run began.
     """
 
     participants: int
@@ -58,6 +74,8 @@ class Load:
     task: str = DRIFT
     heartbeat_s: float = 30.0
     codec: CodecSettings = PLAIN
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    longest_s: float = LONGEST_S
 
     @property
     def names(self) -> list[str]:
@@ -76,7 +94,7 @@ class Load:
         return RunSettings(
             run_id="bench",
             learning_task=self.task,
-            round=RoundSettings(participants=self.participants, deadline_s=LONGEST_S, max_examples=1024),
+            round=RoundSettings(participants=self.participants, deadline_s=self.longest_s, max_examples=1024),
             stop=StopSettings(rounds=self.warm_up + self.rounds),
             evaluation=EvaluationSettings(mode="none"),
             codec=self.codec,
@@ -85,6 +103,20 @@ class Load:
 
     def initial(self) -> tensors.Arrays:
         return random_model(self.floats, self.tensors)
+
+    def write_initial(self, path: Path) -> int:
+        """Writes the initial model as a file, one tensor after the other if they have shapes; returns its size."""
+        if not self.shapes:
+            return path.write_bytes(tensors.encode(self.initial()))
+        blob = self.encoded(lambda number, out: random_values(number, out), path.parent)
+        replace_file(path, blob, path.with_suffix(".new"), synced=False)
+        return len(blob)
+
+    def encoded(self, write: Callable[[int, NDArray[np.float32]], object], directory: Path) -> memoryview:
+        """The file of tensors of these shapes, whose values `write(number, out)` gives, on the disk there."""
+        like = {name: np.broadcast_to(np.float32(0), shape) for name, shape in self.shapes.items()}
+        numbers = {name: number for number, name in enumerate(self.shapes)}
+        return tensors.encode_each(like, lambda name, out: write(numbers[name], out), partial(draft, directory))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +136,7 @@ class Measured:
     per_round: dict[str, Any]
     peak_mb: dict[str, float]
     sizes: Sizes
+    anonymous_mb: dict[str, float] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -116,7 +149,8 @@ class Measured:
 
     @property
     def details(self) -> dict[str, Any]:
-        return self.per_round | {"peak_mb": self.peak_mb}
+        found = self.per_round | {"peak_mb": self.peak_mb}
+        return found | ({"anonymous_mb": self.anonymous_mb} if self.anonymous_mb else {})
 
 
 def password(user: str) -> str:
@@ -167,19 +201,20 @@ def run_fluffle(
     """One run. `options` go to the aggregator and the workers alike."""
     with deployed(node, federation) as deployment:
         initial = deployment.directory / "initial.safetensors"
-        body = initial.write_bytes(tensors.encode(load.initial()))
+        body = load.write_initial(initial)
         heartbeat = ("--set", f"broker.heartbeat_s={load.heartbeat_s}", "--log-level", "warning")
         at = (*heartbeat, "--set", f"store.url={beside.workers}", *options)
         workers = [deployment.worker(share, *at, task=load.task, **beside.environment) for share in load.shares]
         begin = ("--set", f"run.initial={initial}", "--set", f"store.url={beside.aggregator}", "--http", "")
         leader = deployment.aggregator(load.run, *begin, *options, **beside.environment)
-        per_round, peaks = follow(node, load, leader, workers, beside.pids)
-        result = leader.result(LONGEST_S)
+        with anonymous_mb({"aggregator": [leader.pid], "workers": [one.pid for one in workers]}) as anonymous:
+            per_round, peaks = follow(node, load, leader, workers, beside.pids)
+            result = leader.result(load.longest_s)
         peaks["aggregator"] = result["aggregator_peak_rss_mb"] * (1 << 20) / 1e6
         for worker in workers:
             worker.stop()
         assert result["updates"]["accepted"] == load.participants * load.run.stop.rounds, "every update counted"
-        return Measured(per_round, peaks, sizes_of(leader, load, body, result), result)
+        return Measured(per_round, peaks, sizes_of(leader, load, body, result), anonymous, result)
 
 
 def run_bare(node: Node, federation: str, load: Load, sizes: Sizes) -> Measured:
@@ -214,7 +249,10 @@ def follow(
     forget_peaks(*pids["rabbitmq"])
     marks: list[Mark] = []
     for number in (load.warm_up, load.warm_up + load.rounds):
-        leader.wait_for(ROUND, round=number, within_s=LONGEST_S)
+        if number:
+            leader.wait_for(ROUND, round=number, within_s=load.longest_s)
+        else:
+            leader.wait_for("run_began", within_s=load.longest_s)
         marks.append(mark(pids))
     return between(*marks, load.rounds), {name: peak_mb(*pids[name]) for name in ("workers", "rabbitmq")}
 

@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ from tests.rabbit_node import Rabbit, node_definitions
 
 BYTES_PER_MB = 1_000_000
 RESULTS = Path(__file__).parent / "results"
+ANONYMOUS_EVERY_S = 0.1
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 Groups = Mapping[str, Iterable[int]]  # what the processes of these ids are called together
@@ -75,6 +77,26 @@ def peak_mb(*roots: int) -> float:
     stats = _stats()
     pids = [pid for root in roots for pid in _tree(root, stats)]
     return max((_kilobytes(pid, "VmHWM") / 1000 for pid in pids), default=0.0)
+
+
+@contextmanager
+def anonymous_mb(groups: Groups) -> Iterator[dict[str, float]]:
+    """The most memory that is no file's, of any one process of each group, in MB: as seen now and then while the
+    block runs."""
+    found, over = dict.fromkeys(groups, 0.0), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(ANONYMOUS_EVERY_S):
+            for name, pids in groups.items():
+                found[name] = max([found[name], *(_kilobytes(pid, "RssAnon") / 1000 for pid in pids)])
+
+    watcher = threading.Thread(target=watch, name="anonymous memory")
+    watcher.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        watcher.join()
 
 
 def forget_peaks(*roots: int) -> None:

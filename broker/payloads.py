@@ -26,7 +26,6 @@ MIN_PART_BYTES = 64 << 10
 # Pieces in flight: a cut repeats as many. 200 MB cut five times cost 1.1 times the bytes with 4, 1.4 with 16.
 WINDOW = 4
 PREFETCH = 16  # chunks that may wait to be looked at
-GIVEN_BACK_EVERY = 8  # chunks, if they lie in a mapped file
 HASHED_BYTES = 8 << 20  # between two times that a mapped file is given back
 CONFIRM_S = 30.0  # for a chunk: on a slow link it waits for those before it
 
@@ -47,7 +46,7 @@ def describe(blob: Buffer, inline_bytes: int, chunk_bytes: int, way: Way = "stre
 
     One that is handed over in memory needs no digest: that of its `name` stands for it.
     """
-    sha256 = hashlib.sha256(name.encode() if name and len(blob) > inline_bytes else blob).hexdigest()
+    sha256 = sha256_of(name.encode() if name and len(blob) > inline_bytes else blob)
     if len(blob) <= inline_bytes:
         return Where(where="inline", size_bytes=len(blob), sha256=sha256)
     return Where(where=way, size_bytes=len(blob), sha256=sha256, chunks=-(-len(blob) // chunk_bytes))
@@ -91,6 +90,7 @@ async def send_pieces(where: Where, blob: Buffer, send: Send, *, first: int = 0,
         outcomes = await asyncio.gather(
             *(send(index, view[piece(where, index)]) for index in window), return_exceptions=True
         )
+        give_back(view[piece(where, window[0]).start : piece(where, window[-1]).stop])
         failures = [(place, error) for place, error in enumerate(outcomes) if error is not None]
         arrived = failures[0][0] if failures else len(window)
         if arrived:
@@ -144,9 +144,8 @@ class Assembly:
         if len(data) != place.stop - place.start:
             raise BadMessage(f"chunk {chunk.index} of {chunk.of[:12]} is damaged: it has {len(data)} bytes")
         self.buffer[place] = data
+        give_back(self.buffer[place])
         self.has(chunk.index)
-        if len(self.missing) % GIVEN_BACK_EVERY == 0:
-            give_back(self.buffer)
 
     def has(self, index: int) -> None:
         """That piece is in the buffer."""
@@ -189,13 +188,14 @@ async def verify(blob: Buffer, where: Where) -> None:
     """Raises BadMessage unless size and sha256 are what `where` says."""
     if len(blob) != where.size_bytes:
         raise BadMessage(f"payload has {len(blob)} bytes, its header says {where.size_bytes}")
-    if await off_loop(len(blob), _sha256, blob) != where.sha256:
+    if await off_loop(len(blob), sha256_of, blob) != where.sha256:
         raise BadMessage("payload does not match its sha256: it was damaged or replaced on the way")
 
 
-def _sha256(blob: Buffer) -> str:
+def sha256_of(blob: Buffer) -> str:
+    """The sha256 of a body, as hexadecimal digits."""
     digest, view = hashlib.sha256(), memoryview(blob)
     for start in range(0, len(view), HASHED_BYTES):
         digest.update(view[start : start + HASHED_BYTES])
-        give_back(view)
+        give_back(view[start : start + HASHED_BYTES])
     return digest.hexdigest()

@@ -281,16 +281,26 @@ def prediction_lines(found: list[Prediction], truth: list[Any] | None) -> str:
     help="What to write.  [default: by the ending of OUT, else safetensors]",
 )
 @click.option("--task", metavar="TASK", help="The task of a FILE that is no run's, for peft and merged.")
-def export(model: str, out: Path, file_format: str | None, task: str | None) -> None:
+@click.option("--shard-size", metavar="SIZE", help="Safetensors in a folder OUT, in files of at most SIZE, as 2GB.")
+def export(model: str, out: Path, file_format: str | None, task: str | None, shard_size: str | None) -> None:
     """Write a run's model to OUT, as safetensors or NumPy's npz.
 
     Of a large model (HfTask), peft writes the folder of an adapter, and merged a whole model with its tokenizer,
-    that plain peft and transformers load.
+    that plain peft and transformers load. With --shard-size a model becomes several files and an index, as
+    transformers reads them; the index, or the folder, may be a run's initial model.
     """
     from fluffle.rundir import export_model, find_model
+    from fluffle.shards import load_model, size_of, write_shards
 
+    most_bytes = size_of(shard_size) if shard_size else None
+    if most_bytes and file_format in ("npz", "peft"):
+        raise ConfigError(f"--shard-size: {file_format} is never cut: leave it out, or choose another --format")
     if file_format in ("peft", "merged"):
-        size = export_large(model, out, task, merged=file_format == "merged")
+        size = export_large(model, out, task, merged=file_format == "merged", most_bytes=most_bytes)
+    elif most_bytes:
+        path, _ = find_model(model)
+        write_shards(load_model(path), out, most_bytes)
+        file_format, size = "safetensors", size_in(out)
     else:
         path, _ = find_model(model)
         file_format = file_format or ("npz" if out.suffix == ".npz" else "safetensors")
@@ -299,7 +309,7 @@ def export(model: str, out: Path, file_format: str | None, task: str | None) -> 
     click.echo(f"{out}: {size} bytes of {file_format}")
 
 
-def export_large(model: str, out: Path, task: str | None, *, merged: bool) -> int:
+def export_large(model: str, out: Path, task: str | None, *, merged: bool, most_bytes: int | None) -> int:
     """The bytes of the files that were written. Raises ConfigError if the task has no large model."""
     from workers.hf.definition import HfTask
     from workers.hf.export import write_adapter, write_merged
@@ -307,8 +317,16 @@ def export_large(model: str, out: Path, task: str | None, *, merged: bool) -> in
     arrays, definition = open_model(model, task)
     if not isinstance(definition, HfTask):
         raise ConfigError(f"--format: task {definition.name!r} is no HfTask: export it as safetensors or npz")
-    (write_merged if merged else write_adapter)(definition, arrays, out)
-    return sum(path.stat().st_size for path in out.iterdir())
+    if merged:
+        write_merged(definition, arrays, out, most_bytes)
+    else:
+        write_adapter(definition, arrays, out)
+    return size_in(out)
+
+
+def size_in(folder: Path) -> int:
+    """The bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 @cli.group()
@@ -361,7 +379,8 @@ for _command in (aggregator, worker, initial, broker_group, chaos, *COMMANDS, re
 
 def open_model(model: str, task: str | None) -> tuple[Arrays, Definition]:
     """A model, and the task that it belongs to: the run's, or the one that was named."""
-    from fluffle.rundir import find_model, load_model
+    from fluffle.rundir import find_model
+    from fluffle.shards import load_model
     from workers.tasks import find_task
 
     path, run = find_model(model)

@@ -16,7 +16,8 @@ from fluffle.finish import finish
 from fluffle.layers import from_toml
 from fluffle.learning import task_defaults
 from fluffle.logs import configure_logs
-from fluffle.rundir import RunDir, load_model
+from fluffle.rundir import RunDir
+from fluffle.shards import load_model
 from fluffle.simulation import plan_simulation, run_simulation
 
 

@@ -18,7 +18,7 @@ from broker.tensors import Arrays
 from broker.topology import AGGREGATOR
 from fluffle.config import Config, Defaults, Layer, taken_on_trust
 from fluffle.results import Confusion
-from fluffle.rundir import load_model
+from fluffle.shards import load_model
 from workers.classes import recalls
 from workers.definition import Definition
 from workers.task import LearningTask, is_learning_task

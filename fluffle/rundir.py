@@ -16,7 +16,7 @@ import numpy as np
 from broker import tensors
 from broker.durable import replace_file
 from broker.errors import BadMessage, StateError
-from broker.tensors import Arrays
+from broker.mapped import read_mapped
 from fluffle.config import RUNS, Config, load_config, taken_on_trust
 from fluffle.layers import from_toml, to_toml
 
@@ -165,14 +165,6 @@ def find_model(name: str, root: Path = Path(RUNS)) -> tuple[Path, RunDir | None]
     return run.model_file, run
 
 
-def load_model(path: Path) -> Arrays:
-    """The arrays in a safetensors file. Raises StateError."""
-    try:
-        return tensors.decode(path.read_bytes())
-    except (OSError, BadMessage) as error:
-        raise StateError(f"{path}: not a readable safetensors file: {error}") from None
-
-
 def newest_run(root: Path = Path(RUNS)) -> RunDir:
     """The run that was begun last. Raises StateError if there is none."""
     found = max(all_runs(root), key=lambda run: run.config_file.stat().st_mtime, default=None)
@@ -185,7 +177,7 @@ def export_model(model: Path, out: Path, file_format: str) -> None:
     """Copies a model file as `safetensors`, or writes its arrays as `npz`. Raises StateError."""
     try:
         if file_format == "npz":
-            arrays: dict[str, Any] = dict(tensors.decode(model.read_bytes()))
+            arrays: dict[str, Any] = dict(tensors.decode(read_mapped(model)))
             with out.open("wb") as file:  # given a name, NumPy would add an ending to it
                 np.savez(file, **arrays)
         else:

@@ -9,7 +9,6 @@ The run never depends on it: a worker that lost its journal is sent its task aga
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,8 +21,10 @@ import structlog
 
 from broker.durable import rename_file, replace_file
 from broker.errors import BadMessage, StateError
+from broker.mapped import draft, read_mapped
 from broker.messages import Message, TrainRound, UpdateReady
-from broker.tensors import Buffer
+from broker.payloads import sha256_of
+from broker.tensors import Buffer, in_memory
 from broker.wire import decode, encode
 from workers.kept import Kept
 from workers.lane import Lane
@@ -58,6 +59,10 @@ class Journal(Protocol):
 
     async def load(self) -> Remembered:
         """What was remembered; damaged parts are set aside and forgotten, with a log line."""
+
+    def room(self, size_bytes: int) -> Buffer:
+        """Where a large body is put together: on the disk, if this journal has one; an update that was written
+        there is saved without a copy. For a thread. Raises StateError if there is no room."""
 
     async def turn(self, order: bytes | None, settles: bool | None) -> None:  # noqa: FBT001
         """Takes in what an order says: itself, if it is to be done; and what became of the held update, if that is
@@ -101,6 +106,9 @@ class MemoryJournal:
 
     async def load(self) -> Remembered:
         return self._remembered
+
+    def room(self, size_bytes: int) -> Buffer:
+        return in_memory(size_bytes)
 
     async def turn(self, order: bytes | None, settles: bool | None) -> None:  # noqa: FBT001
         before = self._remembered
@@ -193,6 +201,9 @@ class FileJournal:
     async def load(self) -> Remembered:
         return await self._lane.run(self._load)
 
+    def room(self, size_bytes: int) -> Buffer:
+        return draft(self._body.parent, size_bytes)
+
     async def turn(self, order: bytes | None, settles: bool | None) -> None:  # noqa: FBT001
         if order is not None or settles is not None:
             await self._lane.run(partial(self._turn, order, settles))
@@ -280,9 +291,9 @@ class FileJournal:
         if update is None:
             return Remembered(order and order[1])
         message, frame = update
-        blob: Buffer = decode(frame)[1] if _is_inline(message) else _read(self._body) or b""
+        blob = decode(frame)[1] if _is_inline(message) else _mapped(self._body)
         body = message.body if isinstance(message, UpdateReady) else None
-        if isinstance(message, UpdateReady) and (body is None or hashlib.sha256(blob).hexdigest() == body.sha256):
+        if isinstance(message, UpdateReady) and (body is None or sha256_of(blob) == body.sha256):
             held = Held(message, blob)
             held.confirmed = self._confirmed(held)
             held.sent = not held.confirmed  # perhaps: the aggregator will say `missing` if not
@@ -324,10 +335,24 @@ def _frame(path: Path, kind: type[Message]) -> tuple[Message, bytes] | None:
 
 
 def _read(path: Path) -> bytes | None:
-    try:
+    with _reading(path):
         return path.read_bytes()
+    return None
+
+
+def _mapped(path: Path) -> memoryview:
+    with _reading(path):
+        return read_mapped(path)
+    return memoryview(b"")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Passes over a file that is not there."""
+    try:
+        yield
     except FileNotFoundError:
-        return None
+        pass
     except OSError as error:
         raise StateError(
             f"{path}: the journal cannot be read ({error}): check the disk and its permissions"

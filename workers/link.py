@@ -20,7 +20,7 @@ from broker.offload import off_loop
 from broker.payloads import PREFETCH, Address, Arrived, Assembly, collect, upload, verify
 from broker.retry import Backoff, publish
 from broker.store import Store
-from broker.tensors import Buffer
+from broker.tensors import Buffer, Room
 from broker.topology import AGGREGATOR, CHUNK, Topology
 from broker.transport import Broker, Delivery, Inbox, Transport
 from broker.wire import encode
@@ -73,6 +73,15 @@ class Kept:
     blob: Buffer
 
 
+@dataclass(frozen=True, slots=True)
+class Means:
+    """The way to the claim-check store, if there is one, and `room` for a large body that arrives: it is asked
+    for in a thread."""
+
+    store: Store | None = None
+    room: Room = tensors.in_memory
+
+
 class Link:
     """One connection to consume and one to publish, made again whenever either is lost.
 
@@ -81,12 +90,13 @@ class Link:
     """
 
     def __init__(
-        self, participant: str, broker: Broker, topology: Topology, settings: WorkerSettings, store: Store | None
+        self, participant: str, broker: Broker, topology: Topology, settings: WorkerSettings, means: Means
     ) -> None:
         self.participant = participant
         self.trouble = "it is being connected to"  # why there is no connection; empty while there is
         self.transfer: Transfer | None = None  # the large body that is on its way now
-        self._broker, self._topology, self._settings, self._store = broker, topology, settings, store
+        self._broker, self._topology, self._settings = broker, topology, settings
+        self._store, self._room = means.store, means.room
         self._backoff = Backoff(settings.retry_s)
         self._reader: Transport | None = None
         self._writer: Transport | None = None
@@ -219,7 +229,7 @@ class Link:
     async def _download(self, run_id: str, where: Where) -> Buffer:
         """Goes on where the last attempt was cut off, if that was to fetch the same."""
         if self._partial is None or self._partial.where != where:
-            blob = await asyncio.to_thread(bytearray, where.size_bytes)
+            blob = await asyncio.to_thread(self._room, where.size_bytes)
             self._partial = Assembly.into(blob, where, AGGREGATOR)
         assembly = self._partial
         missed = len(assembly.missing)
@@ -231,10 +241,8 @@ class Link:
                 else:
                     await self._collect(assembly)
         except ChunksMissing:
-            if (
-                len(assembly.missing) == missed
-            ):  # no link that hangs: what a broker lost comes again, at old offsets
-                assembly.read_to = 0
+            if len(assembly.missing) == missed:
+                assembly.read_to = 0  # no link that hangs: what a broker lost comes again, at old offsets
             raise
         except BadMessage:  # nothing that came is trusted: it is fetched from the beginning
             self._partial = None

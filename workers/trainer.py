@@ -53,7 +53,7 @@ class Errand:
     """What is to be done with which model, for whom, and how the update is encoded. `residual`: what the updates
     before owe to this one. `own`: what is the participant's own; None: nothing. `progress`: what was
     saved in the middle of some training; `keep` saves more of it. `lora_rank`: of this participant's adapters;
-    0: the model's."""
+    0: the model's. `room`: where the update is written."""
 
     told: TrainRound
     blob: tensors.Buffer
@@ -64,6 +64,7 @@ class Errand:
     progress: Progress | None = None
     keep: Callable[[Progress], bool] = lambda _: False
     lora_rank: int = 0
+    room: tensors.Room = tensors.in_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +169,12 @@ def _packed(arrays: Arrays, base: Arrays, errand: Errand, config: TrainConfig, b
 
         def write(name: str, out: NDArray[Any]) -> None:
             if name in beside:
-                np.copyto(out, beside[name])
+                tensors.copy(beside[name], out)
                 return
             _change(name, arrays, base, config, out)
             freed.note(out.nbytes)
 
-        return codecs.Packed(tensors.encode_each({**base, **beside}, write), {})
+        return codecs.Packed(tensors.encode_each({**base, **beside}, write, errand.room), {})
     changes = Made(base, partial(_changed, arrays=arrays, base=base, config=config))
     rng = np.random.default_rng([config.seed, CODEC_DRAWS])
     if errand.residual is None and not errand.packing.codec.feedback:
@@ -222,7 +223,10 @@ def _changed(name: str, arrays: Arrays, base: Arrays, config: TrainConfig) -> ND
 
 
 def _change(name: str, arrays: Arrays, base: Arrays, config: TrainConfig, out: NDArray[Any]) -> None:
+    values = arrays.pop(name)
     if config.wants in ("gradient", "model"):
-        np.copyto(out, arrays.pop(name))
-    else:
-        np.subtract(arrays.pop(name), base[name], out=out)
+        tensors.copy(values, out)
+        return
+    trained, began, change = values.reshape(-1), base[name].reshape(-1), out.reshape(-1)
+    for part in tensors.blocks(trained, began, change):
+        np.subtract(trained[part], began[part], out=change[part])

@@ -21,7 +21,7 @@ from broker.errors import BadMessage, FluffleError, StateError, TransportError
 from broker.messages import Fate, Heartbeat, Join, Leave, Phase, TrainFailed, TrainRound, UpdateReady
 from broker.offload import contained, off_loop
 from broker.store import Store
-from broker.tensors import Buffer
+from broker.tensors import Buffer, Room, in_memory
 from broker.tensors import decode as decode_arrays
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery
@@ -31,7 +31,7 @@ from workers.choice import Measured, choose
 from workers.journal import Held, Journal
 from workers.kept import Kept
 from workers.lane import Lane
-from workers.link import Link, WorkerSettings
+from workers.link import Link, Means, WorkerSettings
 from workers.own import Own, is_needed, own_of
 from workers.progress import Progress
 from workers.status import WorkerStatus, waits_for
@@ -83,7 +83,7 @@ class Worker:
     ) -> None:
         self.site, self.participant, self.topology = site, site.participant, topology
         self._settings = settings or WorkerSettings()
-        self._link = Link(site.participant, broker, topology, self._settings, site.store)
+        self._link = Link(site.participant, broker, topology, self._settings, Means(site.store, site.journal.room))
         self._order: Order | None = None
         self._is_news = True  # the order came from the broker; one from the journal may be long out of date
         self._held: Held | None = None
@@ -313,10 +313,11 @@ class Worker:
         residual = await self._residual(order.told, blob) if order.told.work == "train" else None
         packing = choose(order.told.codecs, len(blob), self._seen)
         own = await self._own(order, blob)
-        keep = self.site.journal.save_progress
+        journal = self.site.journal
         errand = Errand(
-            order.told, blob, self.participant, packing, residual, own, progress, keep, self.site.lora_rank
-        )
+            order.told, blob, self.participant, packing, residual, own, progress, journal.save_progress,
+            self.site.lora_rank, _room(order.told, journal),
+        )  # fmt: skip
         config = train_config(order.told, self.participant, self._abandoned.is_set, self._settings.stopwatch)
 
         def work() -> Finished:
@@ -394,6 +395,11 @@ def settlement(held: UpdateReady, told: TrainRound) -> Settlement | None:
 def is_over(told: TrainRound, run_id: str) -> bool:
     """Whether nothing that is done for that run can matter any more."""
     return told.finished or told.run_id != run_id
+
+
+def _room(told: TrainRound, journal: Journal) -> Room:
+    """Where the update is written: a large one in the journal."""
+    return in_memory if told.model is None or told.model.where == "inline" else journal.room
 
 
 def _read(delivery: Delivery) -> Order | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Protocol
 
+from aggregator.room import available_bytes, where_there_is_room
 from aggregator.settings import RoundSettings, StrategySettings
 from aggregator.strategies.adaptive import Adaptive, NextV, adagrad, adam, yogi
 from aggregator.strategies.bulyan import Bulyan
@@ -144,8 +145,13 @@ def check_training(name: str, train: Settings, rounds: RoundSettings) -> None:
                 )
 
 
-def _one_vote_each(rounds: RoundSettings) -> FixedPointSum:
-    return FixedPointSum(1, 2 * rounds.most_asked)
+def _one_vote_each(rounds: RoundSettings, scratch: Path | None) -> FixedPointSum:
+    return FixedPointSum(1, 2 * rounds.most_asked, where_there_is_room(scratch, available_bytes))
+
+
+def _weighted(rounds: RoundSettings, scratch: Path | None) -> FixedPointSum:
+    most = rounds.most_summed * rounds.weight_max
+    return FixedPointSum(rounds.weight_max, most, where_there_is_room(scratch, available_bytes))
 
 
 def _strategy(settings: StrategySettings, rounds: RoundSettings, scratch: Path | None) -> Strategy:
@@ -155,9 +161,9 @@ def _strategy(settings: StrategySettings, rounds: RoundSettings, scratch: Path |
             "'buffered' some deliver twice: use synchronous rounds, with round.late = 'fold' if some are slow"
         )
     if settings.name == "scaffold":
-        return Scaffold(rounds.participants, _one_vote_each(rounds), settings)
+        return Scaffold(rounds.participants, _one_vote_each(rounds, scratch), settings)
     if settings.name == "lora-stack":
-        return LoraStack(FixedPointSum(rounds.weight_max, rounds.most_summed * rounds.weight_max), scratch)
+        return LoraStack(_weighted(rounds, scratch), scratch)
     if settings.name == "q-fedavg":
         return _qfedavg(settings, scratch)
     if settings.name == "fltrust":
@@ -167,8 +173,7 @@ def _strategy(settings: StrategySettings, rounds: RoundSettings, scratch: Path |
         _check_size(rule.least, settings, rounds)
         return Collected(rule, settings.server_lr or 1.0, settings.buffer_patterns, scratch)
     if settings.name in STRATEGIES:
-        total = FixedPointSum(rounds.weight_max, rounds.most_summed * rounds.weight_max)
-        return STRATEGIES[settings.name](total, settings)
+        return STRATEGIES[settings.name](_weighted(rounds, scratch), settings)
     if settings.name in ELSEWHERE:
         raise ConfigError(f"strategy.name = {settings.name!r} is {ELSEWHERE[settings.name]}")
     raise ConfigError(

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregator.strategies.contribution import Contribution
-from aggregator.sums import BLOCK, starts
 from broker.errors import BadMessage
-from broker.tensors import Arrays, Named
+from broker.tensors import Arrays, Named, blocks
 
 if TYPE_CHECKING:
     from aggregator.strategies import Strategy
@@ -57,7 +56,7 @@ def norm_of(arrays: Named) -> float:
         if values.dtype.kind == "f":
             flat = values.reshape(-1)
             with np.errstate(over="ignore"):
-                squares += [_square(flat[start : start + BLOCK]) for start in starts(flat)]
+                squares += [_square(flat[part]) for part in blocks(flat)]
     return math.sqrt(sum(squares))
 
 

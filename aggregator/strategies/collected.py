@@ -16,7 +16,7 @@ from aggregator.strategies.contribution import Contribution
 from aggregator.sums import Scale, check_within, put
 from broker.errors import StateError
 from broker.messages import Wants
-from broker.tensors import Arrays, Named
+from broker.tensors import Arrays, Named, give_back
 
 Combine = Callable[[Rows], NDArray[np.float64]]  # (updates, values) -> (values,)
 InnerProducts = Callable[[], NDArray[np.float64]]  # of whole updates, (updates, updates); it reads all of them
@@ -80,6 +80,8 @@ class Collected:
             flat, new = values.reshape(-1), moved[name].reshape(-1)
             for part, rows in self._stack.blocks(name):
                 put(flat[part].astype(np.float64) + self._server_lr * how(rows), new[part])
+                give_back(flat[part])
+                give_back(new[part])
         return moved
 
     @property

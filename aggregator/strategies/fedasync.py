@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 from aggregator.strategies.contribution import Contribution
-from aggregator.sums import FixedPointSum, blocks, put
+from aggregator.sums import FixedPointSum, put
 from broker.messages import Wants
-from broker.tensors import Arrays, Named
+from broker.tensors import Arrays, Named, blocks
 
 
 class FedAsync:
@@ -43,7 +43,7 @@ class FedAsync:
         damping = math.fsum(self._dampings) / self._sum.weight  # exact, so in any order the same
         for name, values in self._model.items():
             flat, new = values.reshape(-1), moved[name].reshape(-1)
-            for part in blocks(flat):
+            for part in blocks(flat, new):
                 x = flat[part].astype(np.float64)
                 put(x + self._server_lr * (self._sum.mean(name, part) - damping * x), new[part])
         return moved

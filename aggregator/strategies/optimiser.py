@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from aggregator.strategies.buffers import parameters
 from aggregator.strategies.contribution import Contribution
-from aggregator.sums import FixedPointSum, blocks, put
+from aggregator.sums import FixedPointSum, put
 from broker.errors import BadMessage, StateError
 from broker.messages import Wants
-from broker.tensors import MAX_NAME, Arrays, Named, check_like
+from broker.tensors import MAX_NAME, Arrays, Named, blocks, check_like
 
 Block = NDArray[np.float64]
 
@@ -69,7 +69,7 @@ class ServerOptimiser:
     def _move(self, name: str, values: NDArray[Any], moved: NDArray[Any]) -> None:
         flat, written = values.reshape(-1), moved.reshape(-1)
         kept = [self.state[_named(moment, name)].reshape(-1) for moment in self._rule.moments]
-        for part in blocks(flat):
+        for part in blocks(flat, written):
             moments = [moment[part].astype(np.float64) for moment in kept]
             step = self._rule.step(self._sum.mean(name, part), *moments)
             put(flat[part].astype(np.float64) + step, written[part])

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from aggregator.strategies import Strategy
 from aggregator.strategies.contribution import Contribution
 from broker.errors import ConfigError
-from broker.tensors import Arrays, Named
+from broker.tensors import Arrays, Named, copy
 from broker.travelling import is_local, shared
 
 
@@ -41,4 +41,8 @@ class Partial:
     def finish(self, out: Arrays | None = None) -> Arrays:
         travels = {name: values for name, values in out.items() if name not in self._stays} if out else None
         moved = self._strategy.finish(travels)
-        return out or {**moved, **self._stays}
+        if not out:
+            return {**moved, **self._stays}
+        for name, values in self._stays.items():
+            copy(values, out[name])
+        return out

@@ -15,8 +15,9 @@ from broker.errors import ConfigError, StateError
 from broker.messages import TrainRound, UpdateReady
 from fluffle.config import from_values, load_config
 from fluffle.layers import to_toml
-from fluffle.rundir import RunDir, load_model
+from fluffle.rundir import RunDir
 from fluffle.secrets import read_secrets
+from fluffle.shards import load_model
 from tests.fuzzing import mutate
 from tests.fuzzing.decoders import BLOBS, EXAMPLES, FRAMES, HEAD, UPDATE
 from tests.fuzzing.engine import Target

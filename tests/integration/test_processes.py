@@ -236,11 +236,13 @@ def test_a_deadline_with_quorum_does_what_it_does_on_the_embedded_broker(
 
 
 @pytest.mark.slow
-def test_a_large_model_goes_round_with_the_bits_of_its_sums() -> None:
-    """The benchmark, with a model of a twentieth of its size. `measure` compares the digest."""
-    lines = large_model.measure(mb=50, rounds=2)["lines"]
+@pytest.mark.timeout(1200)
+def test_a_large_model_goes_round_within_the_bound_of_memory_and_with_the_bits_of_its_sums() -> None:
+    """The benchmark, with a model of a tenth of the largest. `measure` compares the digest."""
+    lines = large_model.measure(mb=400, rounds=2)["lines"]
     assert isinstance(lines, list)
-    assert [line["what"] for line in lines if line["met"] is False] == []
+    bounds = {line["what"].partition(",")[0]: line["met"] for line in lines if line["unit"] == "MB" and line["aim"]}
+    assert bounds == {"aggregator above idle": True, "a worker beyond its training": True}
 
 
 # -- an upload that is cut --------------------------------------------------------------------------------------

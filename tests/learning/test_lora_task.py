@@ -13,7 +13,7 @@ from broker.errors import ConfigError
 from broker.lora import of_rank, pairs
 from examples.lora_digits import TASK
 from fluffle import find_task, simulate
-from fluffle.rundir import load_model
+from fluffle.shards import load_model
 from tests.unit.test_assignment import told
 from workers.assignment import Assignment, Holding
 from workers.task import TrainConfig

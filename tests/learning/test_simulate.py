@@ -21,7 +21,7 @@ from fluffle.baselines import BaselineSettings, train_central, train_local
 from fluffle.config import load_config
 from fluffle.layers import from_toml
 from fluffle.learning import load_data
-from fluffle.rundir import load_model
+from fluffle.shards import load_model
 from workers.modules import buffer_patterns
 from workers.partition import Plan, share_out
 

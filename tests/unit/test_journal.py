@@ -59,6 +59,40 @@ def saved(directory: Path, *updates: Held, told: bytes | None = None) -> FileJou
     return asyncio.run(save(FileJournal(directory)))
 
 
+def drafted(journal: FileJournal, task: int = 1, body: bytes = BODY) -> Held:
+    """One that was written where the journal keeps it."""
+    room = memoryview(journal.room(len(body)))
+    room[:] = body
+    whole = held(task, body)
+    return Held(whole.update, room)
+
+
+def test_an_update_that_was_written_in_the_journal_is_saved_as_it_is(tmp_path: Path) -> None:
+    journal = FileJournal(tmp_path)
+    first, second = drafted(journal, 1), drafted(journal, 2, BODY * 2)
+    assert list(tmp_path.iterdir()) == []
+    asyncio.run(journal.save_held(first))
+    assert (tmp_path / "update.safetensors").read_bytes() == BODY
+    assert same(load(tmp_path).held, held(1))
+    asyncio.run(journal.save_held(second))
+    assert same(load(tmp_path).held, held(2, BODY * 2))
+    assert bytes(first.blob) == BODY, "whoever still looks at the older one sees it"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["update.frame", "update.safetensors"]
+
+
+def test_an_update_that_is_not_saved_leaves_nothing(tmp_path: Path) -> None:
+    journal = FileJournal(tmp_path)
+    asyncio.run(journal.save_held(held(1)))
+    drafted(journal, 2)
+    assert same(load(tmp_path).held, held(1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["update.frame", "update.safetensors"]
+
+
+def test_a_disk_without_room_for_an_update_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match=r"no room for a body of .*free some"):
+        FileJournal(tmp_path).room(1 << 60)
+
+
 def same(remembered: Held | None, expected: Held) -> bool:
     return remembered is not None and (remembered.update, bytes(remembered.blob)) == (
         expected.update,

@@ -14,9 +14,9 @@ from aggregator.strategies import make_strategy
 from aggregator.strategies.contribution import Contribution
 from aggregator.strategies.fedavg import FedAvg
 from aggregator.strategies.fedsgd import FedSGD
-from aggregator.sums import BLOCK, FixedPointSum, Scale
+from aggregator.sums import FixedPointSum, Scale
 from broker.errors import BadMessage, ConfigError, StateError
-from broker.tensors import Arrays, encode
+from broker.tensors import BLOCK, Arrays, encode
 
 MOST, CAP = 1000, 1 << 16
 Update = tuple[Arrays, int]

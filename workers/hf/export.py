@@ -21,8 +21,9 @@ def write_adapter(task: HfTask, arrays: Arrays, out: Path) -> None:
     _save(out, model.module, model.tokenizer)
 
 
-def write_merged(task: HfTask, arrays: Arrays, out: Path) -> None:
-    """The whole model with what was learned in its weights. Raises ConfigError for adapters that are no weights,
+def write_merged(task: HfTask, arrays: Arrays, out: Path, most_bytes: int | None = None) -> None:
+    """The whole model with what was learned in its weights, in files of at most so many bytes; None: as
+    transformers cuts them. Raises ConfigError for adapters that are no weights,
     such as learned prompts; StateError as `write_adapter` does."""
     model = _loaded(task, arrays)
     module = model.module
@@ -35,7 +36,7 @@ def write_merged(task: HfTask, arrays: Arrays, out: Path) -> None:
             raise ConfigError(
                 f"the adapter of task {task.name!r} cannot be merged into weights ({error}): use --format peft"
             ) from error
-    _save(out, module, model.tokenizer)
+    _save(out, module, model.tokenizer, **({"max_shard_size": most_bytes} if most_bytes else {}))
 
 
 def _loaded(task: HfTask, arrays: Arrays) -> Any:
@@ -49,10 +50,10 @@ def _loaded(task: HfTask, arrays: Arrays) -> Any:
     return model
 
 
-def _save(out: Path, module: Any, tokenizer: Any) -> None:
+def _save(out: Path, module: Any, tokenizer: Any, **options: Any) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        module.save_pretrained(out)
+        module.save_pretrained(out, **options)
         tokenizer.save_pretrained(out)
     except OSError as error:
         raise StateError(f"{out}: cannot be written: {error.strerror or error}") from None
