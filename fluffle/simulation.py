@@ -265,8 +265,9 @@ def _together(config: Config, definition: Definition, tasks: Mapping[str, BoundT
         raise Unstackable("some participants train on flipped labels")
     if config.study.lora_ranks:
         raise Unstackable("participants have adapters of their own rank (study.lora_ranks)")
-    if config.personal.local or config.personal.ditto:
-        raise Unstackable("participants have tensors or models of their own (personal.local, personal.ditto)")
+    if config.personal.local or config.personal.ditto or config.strategy.fragments > 1:
+        names = "personal.local, personal.ditto, strategy.fragments"
+        raise Unstackable(f"participants have tensors or models of their own ({names})")
     asked = min(config.round.cohort or len(tasks), len(tasks))
     return Together(own, definition.recipe(config.train.chosen()), asked)
 
