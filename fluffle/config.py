@@ -88,8 +88,8 @@ class RunSection(Part):
     initial: Annotated[
         str,
         Field(
-            description="a .safetensors file with the initial model, for an aggregator without the task's code; "
-            "empty: the task's own"
+            description="a .safetensors file with the initial model: of an aggregator without the task's code, or "
+            "one that is trained further; empty: the task's own"
         ),
     ] = ""
     seed: Annotated[int, Field(ge=0, description="decides data split, initial model and training")] = 42

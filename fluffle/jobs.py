@@ -78,9 +78,10 @@ def run_job(config: Config) -> Job:
     return _task_job(config, task, shares_of(config, task).held_out if needed else None, initial)
 
 
-def task_job(config: Config, definition: Definition, held_out: Any) -> Job:
-    """The job of a simulated aggregator: the examples that nobody trains on are at hand."""
-    return _task_job(config, definition, held_out, None)
+def task_job(config: Config, definition: Definition, held_out: Any, initial: Arrays) -> Job:
+    """The job of a simulated aggregator: the examples that nobody trains on are at hand. `initial`: the model to
+    begin with; empty: the task's own."""
+    return _task_job(config, definition, held_out, (lambda: initial) if initial else None)
 
 
 def _task_job(config: Config, definition: Definition, held_out: Any, initial: Any) -> Job:
