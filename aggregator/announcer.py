@@ -112,6 +112,7 @@ class Announcer:
             state=self._state,
             local=self._settings.personal.patterns,
             ditto=self._settings.personal.ditto,
+            fragments=self._settings.strategy.fragments,
             codecs=self._settings.codec.allowed,
             seed=self._settings.seed,
             deadline_s=max(0.0, opened.deadline - now) if opened else 0.0,

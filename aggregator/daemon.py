@@ -34,7 +34,9 @@ from aggregator.round import Round, Step, reckoned
 from aggregator.status import RunStatus
 from aggregator.strategies import Strategy, check_training, make_strategy
 from aggregator.strategies.contribution import Contribution
+from aggregator.strategies.optimiser import ServerOptimiser
 from aggregator.strategies.partial import Partial
+from aggregator.strategies.streaming import Streaming
 from aggregator.takeover import Takeover, commit, mark_end
 from aggregator.ways import Ways
 from broker import tensors
@@ -71,7 +73,7 @@ from broker.payloads import verify
 from broker.retry import Backoff, publish
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker, Delivery, Inbox
-from broker.travelling import controls_in, shared
+from broker.travelling import controls_in, due, shared
 from broker.wire import FROM_PARTICIPANT, decode, encode
 
 log = structlog.get_logger(__name__)
@@ -159,9 +161,8 @@ class Term:
         settings = job.settings
         self.job, self.settings, self.lead, self.topology = job, settings, lead, topology
         self.archive, self.around = archive, around
-        strategy = make_strategy(settings.combining, settings.round, archive.checkpoints.directory)
-        local = settings.personal.patterns
-        self.strategy: Strategy = Partial(strategy, local) if local else strategy
+        self.combining = make_strategy(settings.combining, settings.round, archive.checkpoints.directory)
+        self.strategy: Strategy = self.combining  # of the tensors that travel
         ways = Ways(lead.reader, lead.writer, topology, settings, around.store)
         self.models = Models(ways, archive)
         self.intake = Intake(ways, scratch=archive.checkpoints.directory)
@@ -251,11 +252,9 @@ class Term:
         takeover = Takeover(self.job, self.lead, self.topology, self.archive, self.models)
         bodies, reading = await takeover.take_over(self.began)
         self.blob, self.model = bodies.model, tensors.decode(bodies.model)
-        self._take_state(
-            await off_loop(len(bodies.state), bytearray, bodies.state)
-        )  # the strategy may write over it
-        self.intake.expect(self.model, self.strategy.wants, self.settings.personal.patterns)
-        if self.state or self.settings.personal.local:  # what is unfit is refused before anybody is asked
+        self._take_state(await off_loop(len(bodies.state), bytearray, bodies.state))  # it may be written over
+        self._expect(self.head.round + 1)
+        if self.state or self.strategy is not self.combining:  # what is unfit is refused before anybody is asked
             self.strategy.start(self.model, self.state)
         await asyncio.to_thread(self.archive.poison.count, self.head.run_id)
         self.archive.note(self.head)  # the leader before may have died before it could
@@ -276,8 +275,20 @@ class Term:
         self.arrived_s.clear()
         self.removed = set(control.removed_at_offset(self.head))
         if self.round and self.round.open.work == "train":
-            self.intake.expect(self.model, self.strategy.wants, self.settings.personal.patterns)
+            self._expect(self.round.open.round)
             self.strategy.start(self.model, self.state)
+
+    def _expect(self, number: int) -> None:
+        """What travels in a round, and how that is combined."""
+        local, fragments, combining = (
+            self.settings.personal.patterns, self.settings.strategy.fragments, self.combining
+        )  # fmt: skip
+        self.strategy = combining
+        if fragments > 1 and isinstance(combining, ServerOptimiser):
+            self.strategy = Streaming(combining, fragments, number)
+        if local:
+            self.strategy = Partial(self.strategy, local)
+        self.intake.expect(due(shared(self.model, local), fragments, number), self.strategy.wants)
 
     def _wait_s(self) -> float:
         until = self.round.open.deadline if self.round else self.began + self.settings.round.deadline_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import structlog
@@ -21,7 +21,7 @@ from broker.payloads import MIN_CHUNK_BYTES, MIN_PART_BYTES, PREFETCH, Assembly,
 from broker.retry import publish
 from broker.tensors import Arrays, Buffer, Named
 from broker.transport import Delivery
-from broker.travelling import beside, shared
+from broker.travelling import beside
 from broker.wire import encode
 
 log = structlog.get_logger(__name__)
@@ -53,9 +53,9 @@ class Intake:
         self._read_to: dict[str, int] = {}
         self._forgotten: set[str] = set()
 
-    def expect(self, model: Arrays, wants: Wants, local: Collection[str]) -> None:
-        """What updates to this model are like: without the tensors that stay with participants."""
-        self._like, self._of_rank = shared(model, local), {}
+    def expect(self, travels: Arrays, wants: Wants) -> None:
+        """What updates are like: those tensors of the model that travel."""
+        self._like, self._of_rank = travels, {}
         self._beside = beside(self._like, wants)
 
     def _like_of(self, update: UpdateReady) -> Arrays:

@@ -202,6 +202,15 @@ class StrategySettings(Part):
         ),
     ] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1, description="of `fedavgm` and `diloco`")] = 0.9
+    fragments: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=1 << 20,
+            description="Streaming DiLoCo: the model is cut into so many, and each round carries one of them; for "
+            "`diloco`",
+        ),
+    ] = 1
     beta_1: Annotated[
         float, Field(ge=0, lt=1, description="how much of the mean change is remembered by the adaptive ones")
     ] = 0.9
@@ -371,6 +380,8 @@ def check_together(
         _check_fedasync(rounds, strategy, codec)
     if strategy.name == "lora-stack":
         _check_lora_stack(rounds, strategy, codec, personal)
+    if strategy.fragments > 1:
+        _check_fragments(rounds, strategy, codec)
     if not rounds.is_buffered:
         return
     if evaluation.mode == "federated":
@@ -387,6 +398,25 @@ def check_together(
         raise ValueError(
             f"codec.up = {owing[0]!r} has error feedback, which must know the fate of one update before the next "
             "begins; with round.policy = 'buffered' nobody waits for that: use none, fp16, bf16, int8 or qsgd"
+        )
+
+
+def _check_fragments(rounds: RoundSettings, strategy: StrategySettings, codec: CodecSettings) -> None:
+    if strategy.name != "diloco":
+        raise ValueError(f"strategy.fragments is for 'diloco', and strategy.name is {strategy.name!r}: set it to 1")
+    if rounds.takes_stale:
+        raise ValueError(
+            "an update that is late holds another fragment than its round's, so strategy.fragments needs "
+            "round.policy = 'synchronous' with round.late = 'discard'"
+        )
+    if strategy.clip_norm:
+        raise ValueError(
+            "strategy.clip_norm is for whole updates, and with strategy.fragments none is: set it to 0"
+        )
+    if owing := [name for name in codec.allowed if packing(name).codec.feedback]:
+        raise ValueError(
+            f"codec.up = {owing[0]!r} owes to the next update, which with strategy.fragments is of another "
+            "fragment: use none, fp16, bf16, int8 or qsgd"
         )
 
 

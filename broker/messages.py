@@ -180,6 +180,7 @@ class TrainRound(Message):
     state: Where | None = None  # of the strategy, if participants need it; inline it follows the model
     local: Names = ()  # patterns of tensors that stay with each participant
     ditto: Annotated[float, Field(ge=0)] = 0.0
+    fragments: Annotated[int, Field(ge=1, le=MAX_ITEMS)] = 1  # of the model; an update has the one that is due
     codecs: Codecs = ()  # that an update may use besides none, the most faithful first
     seed: Count = 0  # the run's
     deadline_s: Annotated[float, Field(ge=0)] = 0.0  # seconds left when this was sent

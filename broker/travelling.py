@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from broker.codecs import BESIDE
+from broker.errors import ConfigError
 from broker.messages import Wants
 from broker.tensors import Arrays, Named
 
@@ -20,6 +21,33 @@ def is_local(name: str, local: Collection[str]) -> bool:
 def shared(model: Arrays, local: Collection[str]) -> Arrays:
     """The tensors of a model that travel."""
     return {name: values for name, values in model.items() if not is_local(name, local)} if local else model
+
+
+def due(model: Arrays, fragments: int, number: int) -> Arrays:
+    """Those tensors of a (shared) model that travel in round `number` (1, 2, ...): all of them, or those of one
+    fragment after the other. Raises ConfigError as `cut` does."""
+    if fragments == 1:
+        return model
+    fragment = cut(model, fragments)
+    return {name: values for name, values in model.items() if fragment[name] == (number - 1) % fragments}
+
+
+def cut(model: Arrays, fragments: int) -> dict[str, int]:
+    """Which fragment (0, 1, ...) each tensor is in. Neighbours by name are together, so whatever is of one layer
+    mostly is, and each has about the same bytes. Raises ConfigError if one would be empty."""
+    found, before = {}, 0
+    total = max(1, sum(values.nbytes for values in model.values()))
+    for name in sorted(model):
+        middle = before + model[name].nbytes / 2
+        found[name] = min(fragments - 1, int(middle / total * fragments))
+        before += model[name].nbytes
+    if len(set(found.values())) < fragments:
+        largest = max(model, key=lambda name: model[name].nbytes) if model else ""
+        raise ConfigError(
+            f"strategy.fragments = {fragments} is too many: the model's {len(model)} tensors cannot be cut into so "
+            f"many parts of about the same size (its largest is {largest!r}): lower it"
+        )
+    return found
 
 
 def beside(model: Arrays, wants: Wants) -> Arrays:

@@ -20,11 +20,13 @@ CENTRAL = "central"
 
 @dataclass(frozen=True, slots=True)
 class BaselineSettings:
-    """A run's length, seed and training settings (`lr`, `batch_size`, ...; empty: the task's defaults)."""
+    """A run's length, seed and training settings (`lr`, `batch_size`, ...; empty: the task's defaults), and the
+    model that it begins with; empty: the task's own."""
 
     rounds: int = 20
     seed: int = 42
     train: Mapping[str, Scalar] = field(default_factory=dict)
+    initial: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ def train_local(
 
 
 def _train(task: LearningTask, participant: str, settings: BaselineSettings, report: Report) -> BaselineResult:
-    arrays = task.initial()
+    arrays = settings.initial or task.initial()
     history: list[dict[str, float]] = []
     state: Arrays = {}
     for number in range(1, settings.rounds + 1):

@@ -105,7 +105,7 @@ def baseline(asked: Asked, json_target: str | None, *, alone: bool) -> None:
     from fluffle.baselines import BaselineSettings, train_central, train_local
     from fluffle.display import progress_bar
     from fluffle.finish import finish_baseline
-    from fluffle.learning import shares_of
+    from fluffle.learning import initial_model, shares_of
     from fluffle.results import central_result, local_result
     from fluffle.rundir import RunDir
     from fluffle.text import baseline_summary
@@ -118,7 +118,12 @@ def baseline(asked: Asked, json_target: str | None, *, alone: bool) -> None:
     config = asked.config()
     definition = find_task(config.task)
     shares = shares_of(config, definition)
-    job = (definition, shares, BaselineSettings(config.stop.rounds, config.run.seed, config.train.chosen()))
+    initial = initial_model(config, definition)
+    job = (
+        definition,
+        shares,
+        BaselineSettings(config.stop.rounds, config.run.seed, config.train.chosen(), initial),
+    )
     run = RunDir(config.run_dir)
     run.begin(config, resume=False)
     began, arrays = time.perf_counter(), {}

@@ -88,8 +88,8 @@ class RunSection(Part):
     initial: Annotated[
         str,
         Field(
-            description="a .safetensors file with the initial model, or a folder of shards, for an aggregator "
-            "without the task's code; empty: the task's own"
+            description="a .safetensors file with the initial model, or a folder of shards: of an aggregator "
+            "without the task's code, or one that is trained further; empty: the task's own"
         ),
     ] = ""
     seed: Annotated[int, Field(ge=0, description="decides data split, initial model and training")] = 42
@@ -343,6 +343,14 @@ class TrainSection(Part):
     max_seconds: Annotated[
         float | None, Field(ge=0, description="train at most about so long per round; 0: no limit")
     ] = None
+    warmup_rounds: Annotated[
+        float | None, Field(ge=0, description="the step size rises from 0 over so many rounds")
+    ] = None
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine"] | None,
+        Field(description="then it stays, or falls to 0 at train.schedule_rounds"),
+    ] = None
+    schedule_rounds: Annotated[float | None, Field(ge=0, description="the number of rounds of the schedule")] = None
     save_seconds: Annotated[
         float | None,
         Field(

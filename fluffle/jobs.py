@@ -78,9 +78,10 @@ def run_job(config: Config) -> Job:
     return _task_job(config, task, shares_of(config, task).held_out if needed else None, initial)
 
 
-def task_job(config: Config, definition: Definition, held_out: Any) -> Job:
-    """The job of a simulated aggregator: the examples that nobody trains on are at hand."""
-    return _task_job(config, definition, held_out, None)
+def task_job(config: Config, definition: Definition, held_out: Any, initial: Arrays) -> Job:
+    """The job of a simulated aggregator: the examples that nobody trains on are at hand. `initial`: the model to
+    begin with; empty: the task's own."""
+    return _task_job(config, definition, held_out, (lambda: initial) if initial else None)
 
 
 def _task_job(config: Config, definition: Definition, held_out: Any, initial: Any) -> Job:
@@ -142,10 +143,16 @@ def confusion_of(config: Config, model: Path) -> Confusion | None:
 
 
 def check_strategy(config: Config, definition: Definition) -> None:
-    """Refuses to put together the means of an estimator in a way that does not give everybody's means."""
+    """Refuses to put together the means of an estimator, or federated statistics, in a way that does not give
+    everybody's means."""
     from workers.estimators import EstimatorDefinition
 
     chosen = config.strategy
+    if chosen.fragments > 1 and any("mean_square" in pattern for pattern in chosen.buffer_patterns):
+        raise ConfigError(
+            f"task {definition.name!r} standardises with federated statistics, which travel whole in round 1: set "
+            "strategy.fragments to 1, or preprocess with a fixed reference"
+        )
     whole = chosen.name not in GO_ON_FROM_BEFORE and chosen.server_lr in (0.0, 1.0) and not chosen.clip_norm
     by_examples = config.round.weights != "equal" and not config.round.is_buffered
     if isinstance(definition, EstimatorDefinition) and not (whole and by_examples):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from broker import tensors
 from broker.errors import BadMessage, ConfigError, StateError
 from broker.topology import AGGREGATOR
 from fluffle.config import Config
+from fluffle.shards import load_model
 from workers.assignment import load_data
 from workers.data import Dataset, split
 from workers.definition import Definition, Prediction
@@ -94,8 +96,21 @@ def predict(definition: Definition, arrays: Arrays, inputs: Dataset) -> list[Pre
 
     Raises StateError if the model is not of this task.
     """
+    _check_model(arrays, definition)
+    return definition.predict(arrays, inputs)
+
+
+def initial_model(config: Config, definition: Definition) -> Arrays:
+    """What `run.initial` names; empty: the task's own is to be taken. Raises StateError if it is another task's."""
+    if not config.run.initial:
+        return {}
+    arrays = load_model(Path(config.run.initial))
+    _check_model(arrays, definition)
+    return arrays
+
+
+def _check_model(arrays: Arrays, definition: Definition) -> None:
     try:
         tensors.check_like(arrays, definition.bind().initial())
     except BadMessage as error:
         raise StateError(f"the model is not one of task {definition.name!r}: {error}") from None
-    return definition.predict(arrays, inputs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -26,6 +26,7 @@ from broker.errors import ConfigError, TaskError, first_known
 from broker.head import HeadRecord
 from broker.memory import MemoryBroker
 from broker.store import OwnMemory, Store
+from broker.tensors import Arrays
 from broker.topology import AGGREGATOR, Topology
 from broker.transport import Broker
 from fluffle.brokers import rabbit_broker
@@ -33,7 +34,7 @@ from fluffle.config import Config
 from fluffle.crowd import check_credentials, crowd
 from fluffle.display import Display, notice
 from fluffle.jobs import check_metrics, check_strategy, task_job
-from fluffle.learning import shares_of
+from fluffle.learning import initial_model, shares_of
 from fluffle.presence import Habits, Lag, Presence, habits_of
 from fluffle.stores import keepers_store
 from fluffle.virtual import AtOnce, VirtualLoop
@@ -71,7 +72,8 @@ class Outcome:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a simulation needs, found to be possible before anything is written. `attacks`: of each participant.
-    `habits`: of participants in virtual time; None: time is real."""
+    `habits`: of participants in virtual time; None: time is real. `initial`: the model to begin with; empty: the
+    task's own."""
 
     config: Config
     definition: Definition
@@ -80,6 +82,7 @@ class Plan:
     store: Store | None
     attacks: Mapping[str, str]
     habits: Habits | None = None
+    initial: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +109,10 @@ def plan_simulation(config: Config) -> Plan:
     shares = shares_of(config, definition)
     definition.check(config.train.chosen(), shares.train.x.shape[1:])
     definition.bind()  # reads a large base model while nothing waits
+    initial = initial_model(config, definition)
     habits = habits_of(config, [shard.name for shard in shares.shards])
     config = _in_step(config, habits) if habits else config
-    return Plan(config, definition, shares, _broker(config), store, attacks_of(config, shares), habits)
+    return Plan(config, definition, shares, _broker(config), store, attacks_of(config, shares), habits, initial)
 
 
 def _in_step(config: Config, habits: Habits) -> Config:
@@ -265,8 +269,9 @@ def _together(config: Config, definition: Definition, tasks: Mapping[str, BoundT
         raise Unstackable("some participants train on flipped labels")
     if config.study.lora_ranks:
         raise Unstackable("participants have adapters of their own rank (study.lora_ranks)")
-    if config.personal.local or config.personal.ditto:
-        raise Unstackable("participants have tensors or models of their own (personal.local, personal.ditto)")
+    if config.personal.local or config.personal.ditto or config.strategy.fragments > 1:
+        names = "personal.local, personal.ditto, strategy.fragments"
+        raise Unstackable(f"participants have tensors or models of their own ({names})")
     asked = min(config.round.cohort or len(tasks), len(tasks))
     return Together(own, definition.recipe(config.train.chosen()), asked)
 
@@ -320,7 +325,7 @@ def _participant(plan: Plan, timing: Timing, site: Site) -> Worker | Presence:
 
 
 def _aggregator(plan: Plan, display: Display, timing: Timing, abandon: str = "") -> Aggregator:
-    job = task_job(plan.config, plan.definition, plan.shares.held_out)
+    job = task_job(plan.config, plan.definition, plan.shares.held_out, plan.initial)
     job = replace(
         job, abandon=abandon, from_checkpoint=True
     )  # the command refuses a used directory unless it is to resume

@@ -102,7 +102,6 @@ class Federation:
     participants: list[str]
     size: int = 7
     heartbeat_s: float = 0.5
-    patience_s: float = 5.0
     sizes: Sizes = field(default_factory=Sizes)
     topology: Topology = field(default_factory=lambda: Topology("default"))
     tasks: dict[str, Pull] = field(default_factory=dict)
@@ -110,6 +109,7 @@ class Federation:
     store: Store | None = None
     thread: Lane | None = None  # that all participants train in; None: each has its own
     clock: Callable[[], float] = time.time
+    patience_s: float = 5.0
     reports: list[RoundReport] = field(default_factory=list)
     transfers: dict[str, list[TransferStatus]] = field(default_factory=dict)
     _closed: asyncio.Event = field(default_factory=asyncio.Event)

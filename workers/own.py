@@ -1,5 +1,7 @@
 """What is a participant's own: it stays at the worker, from one counted update to the next, and never travels.
 
+- `fragment/`: with `strategy.fragments`, what local training made of the tensors that were not due (Streaming
+  DiLoCo, Douillard et al., 2025).
 - `local/`: tensors that `personal.local` names. FedBN (Li et al., 2021): those of norm layers, parameters and
   statistics. FedPer (Arivazhagan et al., 2019): those of the head, trained together with the rest.
 - `ditto/`: the personal model v_i of Ditto (Li et al., 2021, Algorithm 1).
@@ -15,16 +17,16 @@ from dataclasses import dataclass, field, replace
 from broker.codecs import BESIDE
 from broker.messages import TrainRound
 from broker.tensors import Arrays, check_like
-from broker.travelling import controls_in, is_local, named_controls, shared, zero_controls
+from broker.travelling import controls_in, due, is_local, named_controls, shared, zero_controls
 from workers import control
 from workers.task import LearningTask, TrainConfig, TrainResult
 
-LOCAL, DITTO, TASK = "local/", "ditto/", "task/"
+LOCAL, FRAGMENT, DITTO, TASK = "local/", "fragment/", "ditto/", "task/"
 
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """What an order's work begins with. `kept`: all four, by prefix and name. `lost`: there was some, and it is
+    """What an order's work begins with. `kept`: all five, by prefix and name. `lost`: there was some, and it is
     gone. `server_control`: SCAFFOLD's c, empty before the first round."""
 
     told: TrainRound
@@ -35,6 +37,7 @@ class Own:
     def model(self, base: Arrays) -> Arrays:
         """The global model with this participant's own tensors in it; lost ones are the global model's."""
         local = _under(LOCAL, self.kept) if self.told.local else {}
+        local |= _under(FRAGMENT, self.kept)
         return {name: local.get(name, values) for name, values in base.items()} if local else base
 
     def judged(self, base: Arrays) -> Arrays:
@@ -59,6 +62,9 @@ class Own:
         """What is kept if this update is counted. `train` trains a personal model, held to the global one."""
         found = {TASK + name: values for name, values in result.state.items()}
         found |= {LOCAL + name: result.arrays[name] for name in base if is_local(name, self.told.local)}
+        travels = shared(base, self.told.local)
+        stays = travels.keys() - due(travels, self.told.fragments, self.told.round).keys()
+        found |= {FRAGMENT + name: result.arrays[name] for name in stays}
         if beside:
             own = self._control(self._server(base))
             found |= {BESIDE + name: own[name] + values for name, values in controls_in(beside).items()}
@@ -74,20 +80,37 @@ class Own:
         return controls_in(self.kept) or (server if self.lost else {name: 0 * c for name, c in server.items()})
 
 
-def own_of(told: TrainRound, kept: Arrays, base: Arrays, *, lost: bool = False, server: Arrays) -> Own:
-    """Raises BadMessage if what was kept, or the server's control variate, does not fit the model."""
+def own_of(
+    told: TrainRound, kept: Arrays, base: Arrays, *, since: int = 0, lost: bool = False, server: Arrays
+) -> Own:
+    """`since`: the round of the update that it was kept with. Raises BadMessage if what was kept, or the server's
+    control variate, does not fit the model."""
     travels = named_controls(zero_controls(shared(base, told.local)))
     if server:
         check_like(server, travels)
     _check(kept, BESIDE, travels)
     _check(kept, LOCAL, {LOCAL + name: values for name, values in base.items() if is_local(name, told.local)})
     _check(kept, DITTO, {DITTO + name: values for name, values in base.items()})
+    kept = _still_own(told, kept, shared(base, told.local), since)
     return Own(told, kept, lost, controls_in(server))
+
+
+def _still_own(told: TrainRound, kept: Arrays, travels: Arrays, since: int) -> Arrays:
+    """Without fragments that were due since then: they are the global model's, whoever took part. What is evaluated
+    is all of it the global model's."""
+    held = {name.removeprefix(FRAGMENT): name for name in kept if name.startswith(FRAGMENT)}
+    if not held:
+        return kept
+    check_like({name: kept[held[name]] for name in held}, {name: v for name, v in travels.items() if name in held})
+    missed = range(max(since, told.round - told.fragments), told.round)
+    synchronised = {name for number in missed for name in due(travels, told.fragments, number)}
+    gone = {held[name] for name in held if name in synchronised or told.work == "evaluate"}
+    return {name: values for name, values in kept.items() if name not in gone}
 
 
 def is_needed(told: TrainRound) -> bool:
     """Whether an order's work depends on what is this participant's own, so that its loss should be told."""
-    return bool(told.local) or told.ditto > 0 or told.wants == "delta+control"
+    return bool(told.local) or told.ditto > 0 or told.fragments > 1 or told.wants == "delta+control"
 
 
 def train_personal(

@@ -20,7 +20,20 @@ from broker.messages import TrainRound
 from broker.tensors import Arrays, Buffer
 from workers.own import Own
 
-TOLD = {"run_id", "task", "round", "turn", "wants", "learning_task", "data", "settings", "local", "ditto", "seed"}
+TOLD = {
+    "run_id",
+    "task",
+    "round",
+    "turn",
+    "wants",
+    "learning_task",
+    "data",
+    "settings",
+    "local",
+    "ditto",
+    "fragments",
+    "seed",
+}
 
 log = structlog.get_logger(__name__)
 

@@ -13,6 +13,7 @@ from workers.imbalance import check_sampling, check_weights
 from workers.task import Scalar
 
 SGD, ADAMW = "sgd", "adamw"
+CONSTANT, LINEAR, COSINE = SCHEDULES = ("constant", "linear", "cosine")
 REMEDIES = ("class_weights", "sampling", "focal_gamma", "augment", "mixup")
 LARGEST = 1e6  # what float32 can still multiply by
 
@@ -27,6 +28,10 @@ class Recipe:
     goes on from round to round (`optimisers.py`). `max_steps` and `max_seconds` end local training early, after at
     least one step; 0 is no limit. `save_seconds`: how often progress is saved, for a worker that is killed in the
     middle; 0: never.
+
+    A step's size is `lr` times `scale(t)`, where t counts rounds: it is 1.5 in the middle of round 2. So all
+    participants have the same at the same part of a round, whatever their number of steps. It rises from 0 over
+    `warmup_rounds`, and then stays, or falls to 0 at `schedule_rounds`: in a straight line, or as half a cosine.
 
     `REMEDIES` are off by default: against classes of unequal size (`imbalance.py`) and too few examples.
     """
@@ -50,6 +55,9 @@ class Recipe:
     augment: str = ""
     mixup: float = 0.0
     save_seconds: float = 60.0
+    warmup_rounds: float = 0.0
+    schedule: str = CONSTANT
+    schedule_rounds: float = 0.0
 
     def __post_init__(self) -> None:
         _demand("lr", self.lr, f"above 0 and at most {LARGEST:g}", fits=0 < self.lr <= LARGEST)
@@ -73,6 +81,14 @@ class Recipe:
         _demand("weight_decay", self.weight_decay, "0 to 1 / train.lr", fits=self.weight_decay >= 0 and decays < 1)
         _demand("max_seconds", self.max_seconds, "0 (no limit) or more", fits=0 <= self.max_seconds < math.inf)
         _demand("save_seconds", self.save_seconds, "0 (never) or more", fits=0 <= self.save_seconds < math.inf)
+        for name in ("warmup_rounds", "schedule_rounds"):
+            _demand(name, getattr(self, name), "0 or more", fits=0 <= getattr(self, name) < math.inf)
+        _demand("schedule", self.schedule, " or ".join(SCHEDULES), fits=self.schedule in SCHEDULES)
+        if self.schedule != CONSTANT and self.schedule_rounds <= self.warmup_rounds:
+            raise ConfigError(
+                f"setting train.schedule = {self.schedule} needs train.schedule_rounds above train.warmup_rounds = "
+                f"{self.warmup_rounds:g}: set it to the number of rounds"
+            )
         _demand("focal_gamma", self.focal_gamma, "0 (off) to 20", fits=0 <= self.focal_gamma <= 20)
         _demand("mixup", self.mixup, "0 (off) to 100", fits=0 <= self.mixup <= 100)
         if self.class_weights:
@@ -86,6 +102,31 @@ class Recipe:
     def remedies(self) -> tuple[str, ...]:
         """The names of those that are on."""
         return tuple(name for name in REMEDIES if getattr(self, name))
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether steps differ in size."""
+        return self.schedule != CONSTANT or self.warmup_rounds > 0
+
+    def scale(self, rounds: float) -> float:
+        """The size of a step after so many rounds, in units of `lr`: in [0, 1]."""
+        if rounds < self.warmup_rounds:
+            return rounds / self.warmup_rounds
+        if self.schedule == CONSTANT:
+            return 1.0
+        left = (self.schedule_rounds - rounds) / (self.schedule_rounds - self.warmup_rounds)
+        left = min(1.0, max(0.0, left))
+        return left if self.schedule == LINEAR else (1 - math.cos(math.pi * left)) / 2
+
+    def scales(self, round: int, examples: int) -> list[float]:  # noqa: A002 - the design's word
+        """The scale of each of a round's steps with so many examples, in the middle of it, so that none is 0."""
+        steps = self.steps(examples)
+        return [self.scale(round - 1 + (step + 0.5) / steps) for step in range(steps)]
+
+    def steps(self, examples: int) -> int:
+        """The steps of a round with so many examples, if no time runs out and no sampling changes their number."""
+        batches = -(-examples // (self.batch_size or examples)) * self.local_epochs
+        return min(batches, self.max_steps or batches)
 
     def effective_steps(self, steps: int, scales: Sequence[float] = ()) -> float:
         """What a constant gradient of 1 moves the parameters by in so many steps, in units of `lr`: `steps`, more

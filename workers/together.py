@@ -33,8 +33,9 @@ class Together:
         """`asked`: how many a round asks. Raises Unstackable if they cannot train together, or gain nothing."""
         if any(type(task).train is not TorchTask.train for task in tasks.values()):
             raise Unstackable("the task has a way of its own to train")
-        if chosen.mu or chosen.max_seconds or chosen.optimiser != SGD:
-            raise Unstackable("train.mu, train.max_seconds and train.optimiser are for each participant alone")
+        if chosen.mu or chosen.max_seconds or chosen.optimiser != SGD or chosen.is_scheduled:
+            names = "train.mu, train.max_seconds, train.optimiser and a schedule"
+            raise Unstackable(f"{names} are for each participant alone")
         self._tasks = tasks
         self._fit: Fit = try_out(max(tasks.values(), key=lambda task: task.num_examples), chosen)
         self.largest_group = GROUP_BYTES // self._fit.step_bytes

@@ -215,18 +215,20 @@ class TorchTask:
         correction = {name: torch.from_numpy(array) for name, array in config.correction.items()}
         descent, save = self._begun(chosen, config)
         steps, losses, began = descent.steps, descent.losses, config.clock() - descent.spent_s
+        scales = chosen.scales(config.round, self.num_examples)
         for batch in islice(batches(self.num_examples, chosen, config.seed, self.rows.y), len(losses), None):
             if config.should_stop():
                 raise WorkAbandoned(f"task {self.name!r}: told to stop after {len(losses)} steps")
             losses.append((self.backward(batch, chosen, descent.lesson), len(batch)))
             pull_back(self.module, chosen.mu, start)
             correct(self.module, correction)
-            steps.step(self.module)
+            steps.step(self.module, scales[min(len(losses), len(scales)) - 1])
             spent_s = config.clock() - began
             if chosen.max_seconds and spent_s >= chosen.max_seconds:
                 break
             save(spent_s)
-        return replace(self.trained(arrays_of(self.module), losses, chosen), state=steps.state())
+        taken = [scales[min(step, len(scales) - 1)] for step in range(len(losses) * chosen.is_scheduled)]
+        return replace(self.trained(arrays_of(self.module), losses, chosen, taken), state=steps.state())
 
     def _begun(self, chosen: Recipe, config: TrainConfig) -> tuple[Descent, Callable[[float], None]]:
         """Where descent begins, or goes on; and what is to be called after every step with the seconds so far."""
@@ -239,9 +241,11 @@ class TorchTask:
         seldom = Seldom(chosen.save_seconds, config.clock, descent.spent_s)
         return descent, lambda spent_s: seldom(spent_s, lambda: config.save(descent.to_arrays(of(), spent_s)))
 
-    def trained(self, arrays: Arrays, losses: Sequence[tuple[float, int]], chosen: Recipe) -> TrainResult:
-        """What descent came to; `losses` are each step's mean loss and number of examples. Raises TaskError if
-        something is not finite."""
+    def trained(
+        self, arrays: Arrays, losses: Sequence[tuple[float, int]], chosen: Recipe, taken: Sequence[float] = ()
+    ) -> TrainResult:
+        """What descent came to; `losses` are each step's mean loss and number of examples, `taken` its scale, if
+        not 1. Raises TaskError if something is not finite."""
         if bad := [loss for loss, _ in losses if not math.isfinite(loss)]:
             raise self._diverged(f"the loss is {bad[0]}", chosen)
         for name, array in arrays.items():
@@ -250,8 +254,8 @@ class TorchTask:
         examples = sum(count for _, count in losses)
         loss = math.fsum(loss * count for loss, count in losses) / examples
         return TrainResult(
-            arrays, self.num_examples, {"loss": loss}, chosen.effective_steps(len(losses)),
-            step_sum=chosen.lr * len(losses), buffers=self._buffers,
+            arrays, self.num_examples, {"loss": loss}, chosen.effective_steps(len(losses), taken),
+            step_sum=chosen.lr * (math.fsum(taken) if taken else len(losses)), buffers=self._buffers,
         )  # fmt: skip
 
     def _lesson(self, chosen: Recipe, seed: int) -> Lesson | None:

@@ -19,7 +19,7 @@ from broker.errors import BadMessage, TaskError
 from broker.lora import largest_rank, of_rank
 from broker.messages import TrainRound, UpdateReady, Where
 from broker.payloads import describe
-from broker.travelling import shared
+from broker.travelling import due, shared
 from workers.heap import Freed
 from workers.journal import Held
 from workers.kept import Kept
@@ -101,10 +101,12 @@ def carry_out(task: LearningTask, errand: Errand, config: TrainConfig) -> Finish
         if kept := own.after(base, result, beside, train_personal(task, told, base, config)):
             keeps = Kept.of(told, kept)
         trained_s = config.clock() - began
-        arrays, num_examples, metrics = shared(dict(result.arrays), told.local), result.num_examples, result.metrics
+        sent = due(shared(base, told.local), told.fragments, told.round)
+        arrays = {name: result.arrays[name] for name in sent}
+        num_examples, metrics = result.num_examples, result.metrics
         effective_steps, start_loss = float(result.effective_steps), result.start_loss
         del result, kept, saving  # nobody needs all arrays beside the update that they become
-        packed = _packed(arrays, shared(base, told.local), errand, config, beside)
+        packed = _packed(arrays, sent, errand, config, beside)
         encoded_s = config.clock() - began - trained_s
         body, codec, owes = packed.body, errand.packing.name, _owing(packed, errand)
     else:

@@ -344,7 +344,8 @@ class Worker:
             server = decode_arrays(await self._link.fetch_state(told, order.payload))
         if kept is not None:
             try:
-                return await off_loop(len(kept.blob), partial(own_of, server=server), told, kept.arrays(told), base)
+                known = partial(own_of, since=kept.round, server=server)
+                return await off_loop(len(kept.blob), known, told, kept.arrays(told), base)
             except BadMessage as unfit:
                 await self.site.journal.drop_own()
                 self._notice("own_state_dropped", reason=unfit.reason)

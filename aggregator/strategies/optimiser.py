@@ -82,10 +82,14 @@ class ServerOptimiser:
             return self.state
         if self.state:
             return {name: array.copy() for name, array in self.state.items()}
+        return self.first_state(self._model)
+
+    def first_state(self, model: Arrays) -> Arrays:
+        """The moments of this model before the first round."""
         return {
-            _named(moment, name): np.full(self._model[name].shape, first, _precision(self._model[name]))
+            _named(moment, name): np.full(model[name].shape, first, _precision(model[name]))
             for moment, first in self._rule.moments.items()
-            for name in sorted(self._parameters)
+            for name in sorted(parameters(model, self._buffers))
         }
 
     def _check(self) -> None:

@@ -115,6 +115,25 @@ async def test_no_schedule_of_faults_changes_what_codecs_owe(
     check(await run_through(tmp_path, CODED, aggregators, workers), undisturbed_coded)
 
 
+STREAMED = settings(3, 4, strategy={"name": "diloco", "fragments": 2}, broker=SIZES)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_streamed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    never = SeededFaults(0, Rates())
+    return asyncio.run(run_through(tmp_path_factory.mktemp("undisturbed"), STREAMED, never, never))
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 40))]
+)
+async def test_no_schedule_of_faults_changes_what_is_kept_of_fragments(
+    undisturbed_streamed: Outcome, seed: int, tmp_path: Path
+) -> None:
+    aggregators, workers = (SeededFaults(2000 * seed + who, FEWER, longest_s=0.05, most=MOST) for who in range(2))
+    check(await run_through(tmp_path, STREAMED, aggregators, workers), undisturbed_streamed)
+
+
 ASYNCHRONOUS = settings(
     4, 12, round={"policy": "buffered", "buffer": 3}, broker={"inline_bytes": 0, "chunk_bytes": 1024}
 )

@@ -32,6 +32,7 @@ from workers.worker import Site, Worker, always
 ROUNDS, SIZE = 4, 600
 SCAFFOLD = {"strategy": {"name": "scaffold"}}
 OWN = {"strategy": {"name": "scaffold"}, "personal": {"local": "b*", "ditto": 0.5}}
+STREAMED = {"strategy": {"name": "diloco", "fragments": 2}, "personal": {"ditto": 0.5}}
 
 
 class Two(Pull):
@@ -207,24 +208,30 @@ async def run_with(mortal: Mortal, run: RunSettings) -> HeadRecord:
 
 
 def run_of(**more: dict[str, object]) -> RunSettings:
-    return settings(3, ROUNDS, evaluation={"mode": "federated"}, **OWN, **more)
+    return settings(3, ROUNDS, evaluation={"mode": "federated"}, **{**OWN, **more})
 
 
-async def undisturbed(directory: Path) -> tuple[list[str], Kept | None]:
+async def undisturbed(directory: Path, **more: dict[str, object]) -> tuple[list[str], Kept | None]:
     mortal = Mortal(federation(directory, own=True), MemoryJournal())
-    found = digests(await run_with(mortal, run_of()))
+    found = digests(await run_with(mortal, run_of(**more)))
     return found, await mortal.journal.own()
 
 
 @pytest.mark.parametrize(
-    ("event", "nth"), [("work_begun", 3), ("work_done", 3), ("update_sent", 5), ("update_settled", 1)]
+    ("event", "nth", "more"),
+    [
+        *(("work_begun", 3, {}), ("work_done", 3, {}), ("update_sent", 5, {}), ("update_settled", 1, {})),
+        *(("work_begun", 5, STREAMED), ("update_sent", 3, STREAMED)),
+    ],
 )
-async def test_a_worker_that_dies_at_any_step_keeps_what_is_its_own(tmp_path: Path, event: str, nth: int) -> None:
+async def test_a_worker_that_dies_at_any_step_keeps_what_is_its_own(
+    tmp_path: Path, event: str, nth: int, more: dict[str, dict[str, object]]
+) -> None:
     """Model, state and what the worker keeps have the undisturbed run's bits."""
-    expected, own = await undisturbed(tmp_path / "quiet")
+    expected, own = await undisturbed(tmp_path / "quiet", **more)
     journal = FileJournal(tmp_path / "journal")
     mortal = Mortal(federation(tmp_path, own=True), journal, event, nth)
-    assert digests(await run_with(mortal, run_of())) == expected
+    assert digests(await run_with(mortal, run_of(**more))) == expected
     assert mortal.said.count(event) >= nth
     assert not {"own_state_lost", "own_state_dropped"}.intersection(mortal.said)
     kept = await FileJournal(tmp_path / "journal").own()

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from broker import tensors
+from broker.errors import StateError
+from fluffle import simulate
 from fluffle.baselines import BaselineSettings, Progress, train_central, train_local
 from workers.partition import Plan, share_out
 from workers.task import TrainConfig, train_seed
@@ -63,3 +69,17 @@ def test_results_are_plain_data_and_repeat() -> None:
         "metrics",
         "history",
     }
+
+
+def test_training_goes_on_from_a_model_that_is_given(tmp_path: Path) -> None:
+    """Pooled training of 2 and then 3 rounds' worth, and a simulation, both from the first one's model."""
+    first = train_central(DIGITS, SHARES, SETTINGS)
+    file = tmp_path / "first.safetensors"
+    file.write_bytes(tensors.encode(first.arrays))
+    again = train_central(DIGITS, SHARES, replace(SETTINGS, initial=first.arrays))
+    assert again.metrics["loss"] < first.metrics["loss"]
+    told = {"round.participants": 3, "stop.rounds": 1, "run.initial": str(file), "train.lr": 1e-9}
+    found = simulate("digits", {**told, "run.dir": str(tmp_path / "run")}).summary
+    assert found["metrics"]["loss"] == pytest.approx(first.metrics["loss"], rel=1e-4)
+    with pytest.raises(StateError, match="not one of task 'mnist-logreg'"):
+        simulate("mnist-logreg", {**told, "run.dir": str(tmp_path / "other")})

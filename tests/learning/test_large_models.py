@@ -35,9 +35,10 @@ from fluffle.cli import cli
 from workers.data import Dataset
 from workers.hf.definition import HfTask
 from workers.hf.export import write_adapter, write_merged
-from workers.hf.recipe import Tuning, choose
+from workers.hf.recipe import choose
 from workers.hf.text import IGNORED, LABELS, packed
 from workers.modules import use_threads
+from workers.recipe import Recipe
 from workers.task import TrainConfig, WorkAbandoned
 
 WORDS = ("good", "fine", "kind", "bad", "sad", "mean", "the", "day", "was")
@@ -272,10 +273,10 @@ def test_a_clipped_step_is_no_longer_than_told(folders: tuple[Path, Path]) -> No
 
 
 def test_the_learning_rate_depends_on_the_round_alone() -> None:
-    tuning = Tuning(warmup_rounds=2, schedule="linear", schedule_rounds=6)
+    tuning = Recipe(warmup_rounds=2, schedule="linear", schedule_rounds=6, max_steps=2)
     assert [tuning.scale(at) for at in (0, 1, 2, 4, 6, 9)] == [0, 0.5, 1, 0.5, 0, 0]
-    assert tuning.scales(3, 2) == [tuning.scale(2.25), tuning.scale(2.75)]
-    cosine = Tuning(schedule="cosine", schedule_rounds=4)
+    assert tuning.scales(3, 100) == [tuning.scale(2.25), tuning.scale(2.75)]
+    cosine = Recipe(schedule="cosine", schedule_rounds=4)
     assert [round(cosine.scale(at), 9) for at in (0, 2, 4)] == [1, 0.5, 0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -87,6 +88,29 @@ def corrections(start: Arrays) -> Arrays:
     return {n: rng.normal(size=v.shape).astype(np.float32) for n, v in start.items() if v.dtype.kind == "f"}
 
 
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_a_schedule_counts_rounds_and_each_step_has_its_size(optimiser: str) -> None:
+    """Round 2 of 4 with a warm-up of 1.5, 8 steps: the first half still rises, the second falls as a cosine."""
+    start = task().initial()
+    own_task = task(optimiser=optimiser, warmup_rounds=1.5, schedule="cosine", schedule_rounds=4)
+    result = own_task.train(start, TrainConfig(2, 7))
+    times = [1 + (step + 0.5) / 8 for step in range(8)]
+    scales = [t / 1.5 if t < 1.5 else (1 + math.cos(math.pi * (t - 1.5) / 2.5)) / 2 for t in times]
+    net = module()
+    net.load_state_dict({name: torch.from_numpy(values.copy()) for name, values in start.items()})
+    kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    steps = kinds[optimiser](net.parameters(), lr=0.05)
+    with seeded(7):
+        for batch, scale in zip(batches(20, own_task.definition.recipe({}), 7), scales, strict=True):
+            steps.param_groups[0]["lr"] = 0.05 * scale
+            steps.zero_grad()
+            nn.functional.mse_loss(net(own_task.rows.x[batch])[:, 0], own_task.rows.y[batch]).backward()
+            steps.step()
+    agrees(result, {name: w.detach() for name, w in net.named_parameters()})
+    assert result.step_sum == pytest.approx(0.05 * sum(scales))
+    assert result.effective_steps == pytest.approx(sum(scales) if optimiser == "sgd" else 0)
+
+
 def check_correction() -> None:
     start = task().initial()
     told = corrections(start)
@@ -141,18 +165,18 @@ def test_adamw_steps_as_torchs_does_and_goes_on_from_round_to_round() -> None:
     check_adamw()
 
 
-def no_bias_correction(self: AdamW, net: nn.Module) -> None:
+def no_bias_correction(self: AdamW, net: nn.Module, scale: float) -> None:
     self._steps = 10**6
-    _adamw_step(self, net)
+    _adamw_step(self, net, scale)
 
 
-def coupled_decay(self: AdamW, net: nn.Module) -> None:
+def coupled_decay(self: AdamW, net: nn.Module, scale: float) -> None:
     """Adam with an L2 penalty."""
     chosen = self._chosen
     for _, w, g in optimisers._gradients(net):
         g.add_(w.detach(), alpha=chosen.weight_decay)
     self._chosen = replace(chosen, weight_decay=0.0)
-    _adamw_step(self, net)
+    _adamw_step(self, net, scale)
     self._chosen = chosen
 
 

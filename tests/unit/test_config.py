@@ -49,6 +49,7 @@ def test_it_becomes_what_the_aggregator_takes() -> None:
 
 def test_every_setting_is_reachable_in_every_way(tmp_path: Path) -> None:
     values = {"data.partition": "natural", "evaluation.mode": "none", "round.late": "fold", "task": "digits"}
+    values |= {"train.schedule": "constant"}
     values |= {"stop.target_metric": "loss:1", "broker.url": "amqp://localhost", "run.id": "x", "run.dir": "y"}
     values |= {"study.attack": "little:1", "site.attack": "gaussian:2"}
     values |= {"train.optimiser": "adamw", "train.beta_1": "0.5", "train.beta_2": "0.5"}

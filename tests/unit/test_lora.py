@@ -346,7 +346,7 @@ def intake(name: str = "lora-stack") -> Intake:
         ),
     )  # fmt: skip
     found = Intake(parts, scratch=None)  # type: ignore[arg-type]
-    found.expect(model(dtype=np.float32), "model", ())
+    found.expect(model(dtype=np.float32), "model")
     return found
 
 

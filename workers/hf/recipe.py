@@ -11,7 +11,6 @@ from broker.errors import ConfigError
 from workers.recipe import Recipe, recipe
 from workers.task import Scalar
 
-Schedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["float32", "bfloat16"]
 LEFT_OUT = ("augment", "mixup")  # are for images, and for inputs that are numbers
 
@@ -24,53 +23,24 @@ class Tuning:
     examples, so it changes memory, and bits, but not what is learned. 0: one pass. `clip`: the norm of all
     gradients together is at most this; 0: not clipped.
 
-    The learning rate is `lr` times `scale(t)`, where t counts rounds: it is 1.5 in the middle of round 2. So all
-    participants have the same at the same part of a round, whatever their number of steps. It rises from 0 over
-    `warmup_rounds`, and then falls to 0 at `schedule_rounds`, in a straight line or as half a cosine.
-
     `checkpointing` computes activations again in the backward pass instead of keeping them. `precision` bfloat16
     runs the passes under autocast; the parameters and what travels stay float32.
     """
 
     micro_batch: int = 0
     clip: float = 0.0
-    warmup_rounds: float = 0.0
-    schedule: Schedule = "constant"
-    schedule_rounds: float = 0.0
     checkpointing: bool = False
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch", "clip", "warmup_rounds", "schedule_rounds"):
+        for name in ("micro_batch", "clip"):
             _demand(name, getattr(self, name), "0 or more", fits=0 <= getattr(self, name) < math.inf)
-        _demand(
-            "schedule", self.schedule, " or ".join(get_args(Schedule)), fits=self.schedule in get_args(Schedule)
-        )
         _demand(
             "precision",
             self.precision,
             " or ".join(get_args(Precision)),
             fits=self.precision in get_args(Precision),
         )
-        if self.schedule != "constant" and self.schedule_rounds <= self.warmup_rounds:
-            raise ConfigError(
-                f"setting train.schedule = {self.schedule} needs train.schedule_rounds above train.warmup_rounds = "
-                f"{self.warmup_rounds:g}: set it to the number of rounds"
-            )
-
-    def scale(self, rounds: float) -> float:
-        """The learning rate after so many rounds, in units of `lr`: in [0, 1]."""
-        if rounds < self.warmup_rounds:
-            return rounds / self.warmup_rounds
-        if self.schedule == "constant":
-            return 1.0
-        left = (self.schedule_rounds - rounds) / (self.schedule_rounds - self.warmup_rounds)
-        left = min(1.0, max(0.0, left))
-        return left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
-
-    def scales(self, round: int, steps: int) -> list[float]:  # noqa: A002 - the design's word
-        """The scale of each of a round's steps, in the middle of it, so that none is 0."""
-        return [self.scale(round - 1 + (step + 0.5) / steps) for step in range(steps)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +49,6 @@ class Chosen:
 
     recipe: Recipe
     tuning: Tuning
-
-    def steps(self, examples: int) -> int:
-        """The steps of a round with so many examples, if no time runs out and no sampling changes their number."""
-        batches = -(-examples // (self.recipe.batch_size or examples)) * self.recipe.local_epochs
-        return min(batches, self.recipe.max_steps or batches)
 
 
 def choose(settings: Mapping[str, Scalar]) -> Chosen:

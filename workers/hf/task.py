@@ -173,7 +173,7 @@ class HfBound:
     def _descend(self, chosen: Chosen, config: TrainConfig) -> TrainResult:
         plain, tuning, model = chosen.recipe, chosen.tuning, self.model
         steps = optimiser(plain, model, config.state)
-        scales = tuning.scales(config.round, chosen.steps(self.num_examples))
+        scales = plain.scales(config.round, self.num_examples)
         start = origin(model, config) if plain.mu else {}
         correction = {name: torch.from_numpy(array) for name, array in config.correction.items()}
         loss, began = self._loss(chosen), config.clock()
