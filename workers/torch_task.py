@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from broker.errors import ConfigError, DataError, TaskError
@@ -27,7 +28,7 @@ from workers.augment import IMAGE_DIMENSIONS, Augment
 from workers.classes import Tally, tally
 from workers.data import Dataset
 from workers.definition import Prediction
-from workers.descent import Descent, Seldom, digest_of
+from workers.descent import Descent, Moved, digest_of
 from workers.imbalance import class_weights, resampled
 from workers.lesson import Lesson, Loss, weighted_cross_entropy
 from workers.modules import arrays_of, buffer_patterns, build, load_arrays, seeded, views
@@ -230,14 +231,13 @@ class TorchTask:
 
     def _begun(self, chosen: Recipe, config: TrainConfig) -> tuple[Descent, Callable[[float], None]]:
         """Where descent begins, or goes on; and what is to be called after every step with the seconds so far."""
-        descent = Descent(
-            self.module, optimiser(chosen, self.module, config.state), self._lesson(chosen, config.seed)
-        )
-        of = cache(lambda: digest_of(f"{self.name} {chosen}", (self.rows.x.numpy(), self.rows.y.numpy())))
-        if config.resume:
-            descent.go_on_from(config.resume, of())
-        seldom = Seldom(chosen.save_seconds, config.clock, descent.spent_s)
-        return descent, lambda spent_s: seldom(spent_s, lambda: config.save(descent.to_arrays(of(), spent_s)))
+        moved = Moved(partial(views, self.module), partial(load_arrays, self.module))
+        descent = Descent(moved, optimiser(chosen, self.module, config.state), self._lesson(chosen, config.seed))
+
+        def of() -> NDArray[np.uint8]:
+            return digest_of(f"{self.name} {chosen}", (self.rows.x.numpy(), self.rows.y.numpy()))
+
+        return descent, descent.begin(chosen.save_seconds, of, config)
 
     def trained(self, arrays: Arrays, losses: Sequence[tuple[float, int]], chosen: Recipe) -> TrainResult:
         """What descent came to; `losses` are each step's mean loss and number of examples. Raises TaskError if

@@ -67,10 +67,14 @@ class Model:
         """The name of the array that tells the identity."""
         return IDENTITY + self.identity
 
+    def views(self) -> Arrays:
+        """What travels; the next step changes it."""
+        values = {name: parameter.detach().numpy() for name, parameter in self.parameters.items()}
+        return {**values, self.mark: np.zeros((), np.float32)}
+
     def arrays(self) -> Arrays:
         """What travels, as copies."""
-        values = {name: parameter.detach().numpy().copy() for name, parameter in self.parameters.items()}
-        return {**values, self.mark: np.zeros((), np.float32)}
+        return {name: values.copy() for name, values in self.views().items()}
 
     def load(self, arrays: Arrays) -> None:
         """Copies the arrays into the module. Raises TaskError if they are of another base, or do not fit."""

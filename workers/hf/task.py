@@ -7,22 +7,25 @@ a process share the base model: who trains or evaluates has it alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from broker.errors import ConfigError, DataError, TaskError
 from workers.classes import Tally, tally
 from workers.data import Dataset
 from workers.definition import Prediction
+from workers.descent import Descent, Moved, digest_of
 from workers.hf.base import Base, Model, load
 from workers.hf.recipe import Chosen
 from workers.hf.text import IGNORED, LABELS, Examples, TextReport, classified, nothing, packed
@@ -172,13 +175,13 @@ class HfBound:
 
     def _descend(self, chosen: Chosen, config: TrainConfig) -> TrainResult:
         plain, tuning, model = chosen.recipe, chosen.tuning, self.model
-        steps = optimiser(plain, model, config.state)
         scales = tuning.scales(config.round, chosen.steps(self.num_examples))
-        start = origin(model, config) if plain.mu else {}
+        start = origin(model, config) if plain.mu else {}  # before it goes on from where it was
         correction = {name: torch.from_numpy(array) for name, array in config.correction.items()}
-        loss, began = self._loss(chosen), config.clock()
-        losses: list[tuple[float, int]] = []
-        for batch in batches(self.num_examples, plain, config.seed, self._labels):
+        descent, save = self._begun(chosen, config)
+        steps, losses, loss = descent.steps, descent.losses, self._loss(chosen)
+        began = config.clock() - descent.spent_s
+        for batch in islice(batches(self.num_examples, plain, config.seed, self._labels), len(losses), None):
             if config.should_stop():
                 raise WorkAbandoned(f"task {self.name!r}: told to stop after {len(losses)} steps")
             losses.append(self._backward(batch, chosen, loss))
@@ -187,10 +190,22 @@ class HfBound:
             if tuning.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters.values(), tuning.clip)
             steps.step(model, scales[min(len(losses), len(scales)) - 1])
-            if plain.max_seconds and config.clock() - began >= plain.max_seconds:
+            spent_s = config.clock() - began
+            if plain.max_seconds and spent_s >= plain.max_seconds:
                 break
+            save(spent_s)
         taken = [scales[min(step, len(scales) - 1)] for step in range(len(losses))]
         return replace(self._trained(losses, taken, chosen), state=steps.state())
+
+    def _begun(self, chosen: Chosen, config: TrainConfig) -> tuple[Descent, Callable[[float], None]]:
+        """Where descent begins, or goes on; and what is to be called after every step with the seconds so far."""
+        moved = Moved(self.model.views, self.model.load)
+        descent = Descent(moved, optimiser(chosen.recipe, self.model, config.state))
+
+        def of() -> NDArray[np.uint8]:
+            return digest_of(f"{self.name} {self.model.mark} {chosen}", self.rows.to_arrays())
+
+        return descent, descent.begin(chosen.recipe.save_seconds, of, config)
 
     def _trained(self, losses: Sequence[tuple[float, int]], taken: Sequence[float], chosen: Chosen) -> TrainResult:
         arrays = self.model.arrays()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -31,6 +31,13 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def to_arrays(self) -> Iterator[NDArray[np.int64]]:
+        """Everything, one array after the other."""
+        yield self.targets.numpy()
+        for _, rows in sorted(self.columns.items()):
+            yield np.array([len(row) for row in rows], np.int64)
+            yield from rows
 
     def batch(self, rows: Tensor, padding: int) -> dict[str, Tensor]:
         """These examples, each column (n, longest) int64, and which tokens are there."""
