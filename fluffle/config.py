@@ -284,8 +284,8 @@ class SiteSection(Part):
         Field(
             ge=0,
             le=1 << 16,
-            description="rank of this participant's LoRA adapters, at most the model's; the task's `model` takes "
-            "it as its argument; 0: the model's own",
+            description="rank of this participant's LoRA adapters, at most the model's; the `model` of a "
+            "TaskDefinition takes it as its argument; 0: the model's own",
         ),
     ] = 0
     attack: Annotated[

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from broker.errors import ConfigError, DataError, TaskError
+from workers.hf.ranks import of_rank
 from workers.modules import seeded
 from workers.task import Arrays
 
@@ -35,7 +36,7 @@ NAMES = ("SEQ_CLS", "CAUSAL_LM")
 class Base:
     """Which model it is and how it is trained. `where`: a folder, a name on the Hugging Face hub (at `revision`),
     or a function that finds the folder. `adapter`: PEFT's configuration; None trains the parameters themselves but
-    those that a pattern in `frozen` names."""
+    those that a pattern in `frozen` names. `rank`: of this site's LoRA adapters; 0: as `adapter` says."""
 
     where: str | Path | Callable[[], Path]
     kind: Kind
@@ -44,6 +45,7 @@ class Base:
     adapter: Mapping[str, Any] | None = None
     frozen: tuple[str, ...] = ()
     seed: int = 42
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,7 +193,8 @@ def _configuration(base: Base) -> Any:
     import peft
 
     task = NAMES[base.kind == "causal"]
-    return peft.get_peft_config({"task_type": task, **dict(base.adapter or {})})
+    adapter = of_rank(base.adapter, base.rank) if base.rank else dict(base.adapter or {})
+    return peft.get_peft_config({"task_type": task, **adapter})
 
 
 def _trained(module: nn.Module, base: Base) -> dict[str, nn.Parameter]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from broker.errors import ConfigError, StateError, TaskError
 from workers.data import Dataset
 from workers.definition import Prediction
+from workers.hf import ranks
 from workers.hf.base import IDENTITY, Base, Kind, Model
 from workers.hf.recipe import Chosen, choose
 from workers.hf.task import HfBound, Shared
@@ -27,7 +28,7 @@ class HfTask:
     as {"peft_type": "LORA", "r": 4, "target_modules": ["query", "value"]}; None trains all parameters but those
     that a pattern in `frozen` names. `max_length` counts tokens of an example. `defaults` are training settings
     (see `Recipe` and `Tuning`). `held_out` is the share of examples nobody trains on; `seed` draws those, and what
-    is new in the model.
+    is new in the model. `rank` is what `of_rank` sets.
     """
 
     name: str
@@ -43,14 +44,16 @@ class HfTask:
     defaults: Mapping[str, Scalar] = field(default_factory=dict)
     held_out: float = 0.2
     seed: int = 42
-    _shared: Shared = field(default_factory=Shared, init=False, repr=False, compare=False)
+    rank: int = 0
+    _shared: Shared = field(default_factory=Shared, repr=False, compare=False)
 
     @property
     def metric(self) -> str:
         return "accuracy" if self.kind == "classifier" else "perplexity"
 
     def model(self) -> Model:
-        """The base with what is trained of it; loaded once in a process. Raises ConfigError or DataError."""
+        """The base with what is trained of it; loaded once in a process, for each rank. Raises ConfigError or
+        DataError."""
         return self._shared.get(self.described())
 
     def described(self) -> Base:
@@ -63,6 +66,7 @@ class HfTask:
             adapter=self.adapter,
             frozen=self.frozen,
             seed=self.seed,
+            rank=self.rank,
         )
 
     def choose(self, settings: Mapping[str, Scalar]) -> Chosen:
@@ -79,12 +83,11 @@ class HfTask:
         return self.choose(settings).recipe
 
     def of_rank(self, rank: int) -> HfTask:
-        """Raises ConfigError for any but 0: adapters of PEFT have one rank for everybody so far."""
+        """The same with LoRA adapters of at most that rank; 0: as they are. Raises ConfigError for other adapters,
+        and for a rank above theirs."""
         if rank:
-            raise ConfigError(
-                f"site.lora_rank = {rank}: task {self.name!r} has one rank for everybody: leave it out"
-            )
-        return self
+            ranks.of_rank(self.adapter, rank)
+        return replace(self, rank=rank)
 
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"

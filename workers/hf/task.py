@@ -48,16 +48,19 @@ LARGEST_EXPONENT = 700.0  # of which the exponential is finite
 
 @dataclass(slots=True)
 class Shared:
-    """The model of a definition, loaded when it is first needed."""
+    """The models of a definition, and of what was made of it by changing something; each is loaded when it is first
+    needed."""
 
     lock: RLock = field(default_factory=RLock)
-    found: Model | None = None
+    found: list[tuple[Base, Model]] = field(default_factory=list)
 
     def get(self, base: Base) -> Model:
         with self.lock:
-            if self.found is None:
-                self.found = load(base)
-            return self.found
+            for known, model in self.found:
+                if known == base:
+                    return model
+            self.found.append((base, load(base)))
+            return self.found[-1][1]
 
 
 class HfBound:
