@@ -1,12 +1,14 @@
 """The base model: where it is, what its identity is, and what of it is trained.
 
-Everybody starts from the same base, which does not travel. Its identity travels with the model, as the name of an
-array: the aggregator refuses updates whose names are other ones, so nobody can change it, nor average it away.
+Everybody starts from the same base, which does not travel, and does the same with it. What base that is and what is
+done with it travels with the model, as names of arrays: the aggregator refuses updates whose names are other ones,
+so nobody can change them, nor average them away.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +28,8 @@ from workers.modules import seeded
 from workers.task import Arrays
 
 Kind = Literal["classifier", "causal"]
-IDENTITY = "base.sha256."
+BASE, SETTINGS = "base.sha256.", "task.sha256."
+AGREED = ("kind", "classes", "adapter", "frozen", "max_length", "seed")
 FILES = ("config.json", "*.safetensors", "tokenizer*.json", "vocab.*", "merges.txt", "spiece.model", "*.model")
 REMEDY = "pip install 'fluffle[llm]'"
 NAMES = ("SEQ_CLS", "CAUSAL_LM")
@@ -34,9 +37,10 @@ NAMES = ("SEQ_CLS", "CAUSAL_LM")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """Which model it is and how it is trained. `where`: a folder, a name on the Hugging Face hub (at `revision`),
-    or a function that finds the folder. `adapter`: PEFT's configuration; None trains the parameters themselves but
-    those that a pattern in `frozen` names. `rank`: of this site's LoRA adapters; 0: as `adapter` says."""
+    """Which model it is, and what is done with it. `where`: a folder, a name on the Hugging Face hub (at
+    `revision`), or a function that finds the folder. `adapter`: PEFT's configuration; None trains the parameters
+    themselves but those that a pattern in `frozen` names. `rank`: of this site's LoRA adapters; 0: as `adapter`
+    says."""
 
     where: str | Path | Callable[[], Path]
     kind: Kind
@@ -44,18 +48,26 @@ class Base:
     classes: int = 2
     adapter: Mapping[str, Any] | None = None
     frozen: tuple[str, ...] = ()
+    max_length: int = 128
     seed: int = 42
     rank: int = 0
+
+    def digest(self) -> str:
+        """The sha256 of what everybody must have alike, beside the files of the base."""
+        said = {name: _plain(getattr(self, name)) for name in AGREED}
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """A loaded base with what is trained of it. `parameters` travel, by their names there; `initial` are their
-    first values. Whoever uses `module` holds `lock`, for all tasks of a process share it."""
+    """A loaded base with what is trained of it. `identity` is the base's, `settings` that of what is done with it.
+    `parameters` travel, by their names there; `initial` are their first values. Whoever uses `module` holds `lock`,
+    for all tasks of a process share it."""
 
     module: nn.Module
     tokenizer: Any
     identity: str
+    settings: str
     parameters: Mapping[str, nn.Parameter]
     initial: Arrays
     has_adapter: bool
@@ -65,23 +77,23 @@ class Model:
         yield from self.parameters.items()
 
     @property
-    def mark(self) -> str:
-        """The name of the array that tells the identity."""
-        return IDENTITY + self.identity
+    def marks(self) -> frozenset[str]:
+        """The names of the arrays that tell both identities."""
+        return frozenset({BASE + self.identity, SETTINGS + self.settings})
 
     def views(self) -> Arrays:
         """What travels; the next step changes it."""
         values = {name: parameter.detach().numpy() for name, parameter in self.parameters.items()}
-        return {**values, self.mark: np.zeros((), np.float32)}
+        return values | {mark: np.zeros((), np.float32) for mark in sorted(self.marks)}
 
     def arrays(self) -> Arrays:
         """What travels, as copies."""
         return {name: values.copy() for name, values in self.views().items()}
 
     def load(self, arrays: Arrays) -> None:
-        """Copies the arrays into the module. Raises TaskError if they are of another base, or do not fit."""
-        self._check_base(arrays)
-        if arrays.keys() != {*self.parameters, self.mark}:
+        """Copies the arrays into the module. Raises TaskError if they are of another base or task, or wrong."""
+        self._check_marks(arrays)
+        if arrays.keys() != {*self.parameters, *self.marks}:
             missing, unknown = (
                 sorted(self.parameters.keys() - arrays.keys()),
                 sorted(arrays.keys() - self.parameters),
@@ -100,14 +112,32 @@ class Model:
                     )
                 parameter.copy_(torch.from_numpy(array.copy()))
 
-    def _check_base(self, arrays: Arrays) -> None:
-        found = [name.removeprefix(IDENTITY) for name in arrays if name.startswith(IDENTITY)]
-        if found != [self.identity]:
-            other = f"base model {found[0][:12]}..." if found else "no base model that they name"
+    def _check_marks(self, arrays: Arrays) -> None:
+        if (found := _marked(BASE, arrays)) != self.identity:
+            other = f"base model {found[:12]}..." if found else "no base model that they name"
             raise TaskError(
                 f"the arrays belong to {other}, and here is {self.identity[:12]}... (sha256 of configuration, "
                 "weights and tokenizer files): get the same base as the others, the same revision of it"
             )
+        if (found := _marked(SETTINGS, arrays)) != self.settings:
+            raise TaskError(
+                f"the arrays belong to this base model, but to a task with other settings ({found[:12] or 'none'}, "
+                f"and here is {self.settings[:12]}: sha256 of {', '.join(AGREED)}): get the same task as the others"
+            )
+
+
+def _marked(prefix: str, arrays: Arrays) -> str:
+    """The identity that they name; of several, none is right."""
+    return " ".join(name.removeprefix(prefix) for name in arrays if name.startswith(prefix))
+
+
+def _plain(value: Any) -> Any:
+    """For JSON; lists are sets here: of modules, layers or patterns."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return sorted(map(_plain, value), key=repr)
+    return value
 
 
 def load(base: Base) -> Model:
@@ -131,7 +161,7 @@ def load(base: Base) -> Model:
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ConfigError(f"base model {folder}: {type(error).__name__}: {error}") from error
     parameters = _trained(module, base)
-    model = Model(module, tokenizer, identity(folder), parameters, {}, base.adapter is not None)
+    model = Model(module, tokenizer, identity(folder), base.digest(), parameters, {}, base.adapter is not None)
     model.initial.update(model.arrays())
     return model
 

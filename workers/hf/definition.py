@@ -11,7 +11,7 @@ from broker.errors import ConfigError, StateError, TaskError
 from workers.data import Dataset
 from workers.definition import Prediction
 from workers.hf import ranks
-from workers.hf.base import IDENTITY, Base, Kind, Model
+from workers.hf.base import BASE, SETTINGS, Base, Kind, Model
 from workers.hf.recipe import Chosen, choose
 from workers.hf.task import HfBound, Shared
 from workers.recipe import Recipe
@@ -65,6 +65,7 @@ class HfTask:
             classes=self.classes,
             adapter=self.adapter,
             frozen=self.frozen,
+            max_length=self.max_length,
             seed=self.seed,
             rank=self.rank,
         )
@@ -103,8 +104,8 @@ class HfTask:
         self.recipe(settings, inputs)
 
     def run_defaults(self) -> dict[str, Scalar]:
-        """The array that names the base is no parameter."""
-        return {"strategy.buffers": f"{IDENTITY}*"}
+        """The arrays that name the base and the task are no parameters."""
+        return {"strategy.buffers": f"{BASE}*,{SETTINGS}*"}
 
     def predict(self, arrays: Arrays, inputs: Dataset) -> list[Prediction]:
         """The class of each text and its probability. Raises StateError if the model is not of this task."""

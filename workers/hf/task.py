@@ -206,7 +206,7 @@ class HfBound:
         descent = Descent(moved, optimiser(chosen.recipe, self.model, config.state))
 
         def of() -> NDArray[np.uint8]:
-            return digest_of(f"{self.name} {self.model.mark} {chosen}", self.rows.to_arrays())
+            return digest_of(f"{self.name} {sorted(self.model.marks)} {chosen}", self.rows.to_arrays())
 
         return descent, descent.begin(chosen.recipe.save_seconds, of, config)
 
@@ -224,7 +224,7 @@ class HfBound:
             # a clipped gradient moves less than it says
             effective_steps=0.0 if adamw or tuning.clip else plain.effective_steps(len(taken), taken),
             step_sum=0.0 if tuning.clip else plain.lr * math.fsum(taken),
-            buffers=frozenset({self.model.mark}),
+            buffers=self.model.marks,
         )
 
     def _gradient(self, chosen: Chosen) -> TrainResult:
