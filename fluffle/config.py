@@ -288,6 +288,13 @@ class SiteSection(Part):
             "TaskDefinition takes it as its argument; 0: the model's own",
         ),
     ] = 0
+    device: Annotated[
+        Annotated[str, StringConstraints(pattern=r"^(|auto|cpu|mps|cuda(:\d{1,3})?)$")],
+        Field(
+            description="where this participant trains and evaluates: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`: "
+            "the first there is of CUDA, MPS and CPU; empty: as the task says"
+        ),
+    ] = ""
     attack: Annotated[
         AttackName,
         Field(description="what this worker sends instead of what it learned, as `study.attack`; for studies only"),

@@ -80,7 +80,8 @@ def check_site(config: Config) -> dict[str, Assignment]:
     for name in names:
         Topology(config.broker.federation).inbox(name)
     assignments = {
-        name: Assignment(Holding(name, config.task, site.data, site.threads, site.lora_rank)) for name in names
+        name: Assignment(Holding(name, config.task, site.data, site.threads, site.lora_rank, site.device))
+        for name in names
     }
     assignments[names[0]].check()
     return assignments

@@ -13,11 +13,13 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
+from workers.devices import CPU, draws, set_draws
 from workers.lesson import Lesson
 from workers.optimisers import Optimiser
 from workers.task import Arrays, TrainConfig
 
 MODEL, OPTIMISER = "model/", "optimiser/"
+_NONE = np.empty(0, np.uint8)
 WORTH = 20  # of the time that saving takes, at least so much is trained before it is saved again
 
 log = structlog.get_logger(__name__)
@@ -39,6 +41,7 @@ class Descent:
     moved: Moved
     steps: Optimiser
     lesson: Lesson | None = None
+    device: torch.device = CPU
     losses: list[tuple[float, int]] = field(default_factory=list)
     spent_s: float = 0.0
 
@@ -49,6 +52,7 @@ class Descent:
         found["losses"] = np.array([loss for loss, _ in self.losses])
         found["examples"] = np.array([count for _, count in self.losses], np.int64)
         found["torch"] = torch.get_rng_state().numpy()
+        found["device"] = _NONE if (state := draws(self.device)) is None else state.numpy()
         found["lesson"] = _text(json.dumps(self.lesson.rng.bit_generator.state) if self.lesson else "")
         return {**found, "of": of, "spent_s": np.array(spent_s)}
 
@@ -73,6 +77,8 @@ class Descent:
         self.steps.go_on_from(_under(OPTIMISER, saved))
         self.losses = list(zip(saved["losses"].tolist(), saved["examples"].tolist(), strict=True))
         torch.set_rng_state(torch.from_numpy(saved["torch"].copy()))
+        if saved["device"].size:
+            set_draws(self.device, torch.from_numpy(saved["device"].copy()))
         if self.lesson:
             self.lesson.rng.bit_generator.state = json.loads(saved["lesson"].tobytes())
         self.spent_s = float(saved["spent_s"])

@@ -93,6 +93,12 @@ class EstimatorDefinition:
             raise ConfigError(f"task {self.name!r} has no LoRA adapters: leave site.lora_rank out")
         return self
 
+    def on(self, device: str) -> EstimatorDefinition:
+        """Raises ConfigError for any but the CPU."""
+        if device not in ("", "auto", "cpu"):
+            raise ConfigError(f"task {self.name!r} computes on the CPU: leave site.device out")
+        return self
+
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"
     ) -> EstimatorTask:

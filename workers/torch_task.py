@@ -29,6 +29,7 @@ from workers.classes import Tally, tally
 from workers.data import Dataset
 from workers.definition import Prediction
 from workers.descent import Descent, Moved, digest_of
+from workers.devices import find, moved
 from workers.imbalance import class_weights, resampled
 from workers.lesson import Lesson, Loss, weighted_cross_entropy
 from workers.modules import arrays_of, buffer_patterns, build, load_arrays, seeded, views
@@ -54,7 +55,8 @@ class TaskDefinition:
     `loss` is "cross-entropy", "mse" or a function of (outputs, targets) that gives the mean over the examples as
     a scalar. `metric` "accuracy" adds accuracy, macro_f1 and macro_recall to evaluations, "rmse" rmse and mae.
     `defaults` are training settings (see `Recipe`). `held_out` is the share of examples nobody trains on; `seed`
-    draws the initial model and the held-out examples.
+    draws the initial model and the held-out examples. `device` is where it trains and evaluates: `cpu`, `cuda`,
+    `cuda:N`, `mps` or `auto`, the best there is.
     """
 
     name: str
@@ -67,6 +69,7 @@ class TaskDefinition:
     defaults: Mapping[str, Scalar] = field(default_factory=dict)
     held_out: float = 0.2
     seed: int = 42
+    device: str = "cpu"
 
     def recipe(self, settings: Mapping[str, Scalar], inputs: tuple[int, ...] | None = None) -> Recipe:
         """The defaults with these settings over them. Raises ConfigError for one that cannot work, also for
@@ -87,6 +90,10 @@ class TaskDefinition:
                 f"site.lora_rank = {rank}: the model of task {self.name!r} takes no rank as its argument"
             )
         return replace(self, model=partial(self.model, rank))
+
+    def on(self, device: str) -> TaskDefinition:
+        """The same on another device; "": as it is. Raises ConfigError if that is not there."""
+        return replace(self, device=str(find(device))) if device else self
 
     def _lacks(self, remedy: str, inputs: tuple[int, ...] | None) -> str:
         """What this task would have to be for a remedy; nothing if it is that."""
@@ -134,7 +141,8 @@ class TorchTask:
     ) -> None:
         self.definition = definition
         self.name = definition.name
-        self.module = build(definition.model, definition.seed)
+        self.device = find(definition.device)
+        self.module = build(definition.model, definition.seed).to(self.device)
         self.rows, self.report = _rows(train, definition.preprocess)
         self._held_out, self.held_out_report = _rows(held_out, definition.preprocess)
         self.num_examples = len(self.rows)
@@ -160,7 +168,7 @@ class TorchTask:
         chosen = self.definition.recipe(config.settings, tuple(self.rows.x.shape[1:]))
         load_arrays(self.module, arrays)
         self.module.train()
-        with seeded(config.seed):
+        with seeded(config.seed, self.device):
             if config.wants == "gradient":
                 return self._gradient(chosen, config.seed)
             start_loss = self._start_loss() if config.wants == "delta+loss" else None
@@ -213,7 +221,9 @@ class TorchTask:
 
     def _descend(self, chosen: Recipe, config: TrainConfig) -> TrainResult:
         start = origin(self.module, config) if chosen.mu else {}  # before it goes on from where it was
-        correction = {name: torch.from_numpy(array) for name, array in config.correction.items()}
+        correction = {
+            name: moved(torch.from_numpy(array), self.device) for name, array in config.correction.items()
+        }
         descent, save = self._begun(chosen, config)
         steps, losses, began = descent.steps, descent.losses, config.clock() - descent.spent_s
         for batch in islice(batches(self.num_examples, chosen, config.seed, self.rows.y), len(losses), None):
@@ -231,11 +241,12 @@ class TorchTask:
 
     def _begun(self, chosen: Recipe, config: TrainConfig) -> tuple[Descent, Callable[[float], None]]:
         """Where descent begins, or goes on; and what is to be called after every step with the seconds so far."""
-        moved = Moved(partial(views, self.module), partial(load_arrays, self.module))
-        descent = Descent(moved, optimiser(chosen, self.module, config.state), self._lesson(chosen, config.seed))
+        held = Moved(partial(views, self.module), partial(load_arrays, self.module))
+        steps = optimiser(chosen, self.module, config.state)
+        descent = Descent(held, steps, self._lesson(chosen, config.seed), self.device)
 
         def of() -> NDArray[np.uint8]:
-            return digest_of(f"{self.name} {chosen}", (self.rows.x.numpy(), self.rows.y.numpy()))
+            return digest_of(f"{self.name} {chosen} {self.device.type}", (self.rows.x.numpy(), self.rows.y.numpy()))
 
         return descent, descent.begin(chosen.save_seconds, of, config)
 
@@ -292,7 +303,7 @@ class TorchTask:
         gradients = {name: np.zeros_like(array) for name, array in views(self.module).items()}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if parameter.grad is not None:
-                gradients[name] = parameter.grad.numpy().copy()
+                gradients[name] = parameter.grad.cpu().numpy().copy()
         return TrainResult(gradients, self.num_examples, {"loss": loss})
 
     def _statistics(self) -> TrainResult:
@@ -342,6 +353,7 @@ class TorchTask:
         whatever goes wrong in the user's code."""
         function = function or self._loss
         with self._failures_named(x, y):
+            x, y = moved(x, self.device), moved(y, self.device)
             outputs = self.module(x)
             loss = function(outputs, y)
             if loss.ndim:
@@ -363,6 +375,7 @@ class TorchTask:
         mistakes: Tally | None = None
         for x, y in zip(torch.split(rows.x, CHUNK_ROWS), torch.split(rows.y, CHUNK_ROWS), strict=True):
             outputs, loss = self._forward(x, y)
+            outputs = outputs.cpu()
             with self._failures_named(x, y):
                 metrics = METRICS[self.definition.metric](outputs, y)
                 if self.definition.metric == "accuracy":

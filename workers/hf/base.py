@@ -23,6 +23,8 @@ import torch
 from torch import nn
 
 from broker.errors import ConfigError, DataError, TaskError
+from workers import devices
+from workers.devices import AUTO, CPU
 from workers.hf.ranks import of_rank
 from workers.modules import seeded
 from workers.task import Arrays
@@ -40,7 +42,7 @@ class Base:
     """Which model it is, and what is done with it. `where`: a folder, a name on the Hugging Face hub (at
     `revision`), or a function that finds the folder. `adapter`: PEFT's configuration; None trains the parameters
     themselves but those that a pattern in `frozen` names. `rank`: of this site's LoRA adapters; 0: as `adapter`
-    says."""
+    says. `device`: where this site trains."""
 
     where: str | Path | Callable[[], Path]
     kind: Kind
@@ -51,6 +53,7 @@ class Base:
     max_length: int = 128
     seed: int = 42
     rank: int = 0
+    device: str = AUTO
 
     def digest(self) -> str:
         """The sha256 of what everybody must have alike, beside the files of the base."""
@@ -71,6 +74,7 @@ class Model:
     parameters: Mapping[str, nn.Parameter]
     initial: Arrays
     has_adapter: bool
+    device: torch.device = CPU
     lock: RLock = field(default_factory=RLock)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -82,8 +86,8 @@ class Model:
         return frozenset({BASE + self.identity, SETTINGS + self.settings})
 
     def views(self) -> Arrays:
-        """What travels; the next step changes it."""
-        values = {name: parameter.detach().numpy() for name, parameter in self.parameters.items()}
+        """What travels; on the CPU, the next step changes it."""
+        values = {name: parameter.detach().cpu().numpy() for name, parameter in self.parameters.items()}
         return values | {mark: np.zeros((), np.float32) for mark in sorted(self.marks)}
 
     def arrays(self) -> Arrays:
@@ -150,7 +154,7 @@ def load(base: Base) -> Model:
         raise ConfigError(f"large models need what is not installed here ({error}): {REMEDY}") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    folder = find(base)
+    device, folder = devices.find(base.device), find(base)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     with warnings.catch_warnings(), seeded(base.seed):
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers 5 by an old name
@@ -160,8 +164,12 @@ def load(base: Base) -> Model:
                 module = peft.get_peft_model(module, _configuration(base))
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ConfigError(f"base model {folder}: {type(error).__name__}: {error}") from error
-    parameters = _trained(module, base)
-    model = Model(module, tokenizer, identity(folder), base.digest(), parameters, {}, base.adapter is not None)
+    names = _trained(module, base)
+    own = dict(module.to(device).named_parameters())
+    parameters = {travels: own[name] for name, travels in names.items()}
+    model = Model(
+        module, tokenizer, identity(folder), base.digest(), parameters, {}, base.adapter is not None, device
+    )
     model.initial.update(model.arrays())
     return model
 
@@ -227,8 +235,9 @@ def _configuration(base: Base) -> Any:
     return peft.get_peft_config({"task_type": task, **adapter})
 
 
-def _trained(module: nn.Module, base: Base) -> dict[str, nn.Parameter]:
-    """By the names under which PEFT saves them, else by their own. Raises ConfigError if there are none."""
+def _trained(module: nn.Module, base: Base) -> dict[str, str]:
+    """Their names; and those under which they travel, by which PEFT saves them. Raises ConfigError if there are
+    none."""
     for name, parameter in module.named_parameters():
         if any(fnmatchcase(name, pattern) for pattern in base.frozen):
             parameter.requires_grad = False
@@ -239,7 +248,7 @@ def _trained(module: nn.Module, base: Base) -> dict[str, nn.Parameter]:
         exposed = peft.get_peft_model_state_dict(module, save_embedding_layers=False)
         names = {values.data_ptr(): name for name, values in exposed.items()}
     found = {
-        names.get(parameter.data_ptr(), name): parameter
+        name: names.get(parameter.data_ptr(), name)
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     }

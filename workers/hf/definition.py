@@ -10,6 +10,7 @@ from typing import Any
 from broker.errors import ConfigError, StateError, TaskError
 from workers.data import Dataset
 from workers.definition import Prediction
+from workers.devices import AUTO, find
 from workers.hf import ranks
 from workers.hf.base import BASE, SETTINGS, Base, Kind, Model
 from workers.hf.recipe import Chosen, choose
@@ -28,7 +29,8 @@ class HfTask:
     as {"peft_type": "LORA", "r": 4, "target_modules": ["query", "value"]}; None trains all parameters but those
     that a pattern in `frozen` names. `max_length` counts tokens of an example. `defaults` are training settings
     (see `Recipe` and `Tuning`). `held_out` is the share of examples nobody trains on; `seed` draws those, and what
-    is new in the model. `rank` is what `of_rank` sets.
+    is new in the model. `rank` is what `of_rank` sets. `device` is where it
+    trains and evaluates: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto`, the first there is of CUDA, MPS and CPU.
     """
 
     name: str
@@ -45,6 +47,7 @@ class HfTask:
     held_out: float = 0.2
     seed: int = 42
     rank: int = 0
+    device: str = AUTO
     _shared: Shared = field(default_factory=Shared, repr=False, compare=False)
 
     @property
@@ -68,6 +71,7 @@ class HfTask:
             max_length=self.max_length,
             seed=self.seed,
             rank=self.rank,
+            device=self.device,
         )
 
     def choose(self, settings: Mapping[str, Scalar]) -> Chosen:
@@ -89,6 +93,10 @@ class HfTask:
         if rank:
             ranks.of_rank(self.adapter, rank)
         return replace(self, rank=rank)
+
+    def on(self, device: str) -> HfTask:
+        """The same on another device; "": as it is. Raises ConfigError if that is not there."""
+        return replace(self, device=str(find(device))) if device else self
 
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"

@@ -26,6 +26,7 @@ from workers.classes import Tally, tally
 from workers.data import Dataset
 from workers.definition import Prediction
 from workers.descent import Descent, Moved, digest_of
+from workers.devices import moved
 from workers.hf.base import Base, Model, load
 from workers.hf.recipe import Chosen
 from workers.hf.text import IGNORED, LABELS, Examples, TextReport, classified, nothing, packed
@@ -107,7 +108,7 @@ class HfBound:
         if not self.num_examples:
             raise TaskError(f"task {self.name!r} was bound without training data: it can only evaluate")
         chosen = self.definition.choose(config.settings)
-        with self._loaded(arrays, chosen), seeded(config.seed):
+        with self._loaded(arrays, chosen), seeded(config.seed, self.model.device):
             if config.wants == "gradient":
                 return self._gradient(chosen)
             start_loss = self._measure(self.rows)[0] if config.wants == "delta+loss" else None
@@ -143,7 +144,7 @@ class HfBound:
             )
         rows, _ = self._examples(inputs)
         with self._loaded(arrays), torch.inference_mode():
-            outputs = [self._outputs(self._batch(rows, part)) for part in _parts(len(rows))]
+            outputs = [self._outputs(self._batch(rows, part)).cpu() for part in _parts(len(rows))]
         found = torch.cat(outputs).double() if outputs else torch.empty(0, 1)
         return list(predictions(np.arange(len(rows)), found, "accuracy"))
 
@@ -174,13 +175,15 @@ class HfBound:
 
     def _autocast(self, chosen: Chosen | None) -> Any:
         is_mixed = chosen is not None and chosen.tuning.precision == "bfloat16"
-        return torch.autocast("cpu", torch.bfloat16) if is_mixed else nullcontext()
+        return torch.autocast(self.model.device.type, torch.bfloat16) if is_mixed else nullcontext()
 
     def _descend(self, chosen: Chosen, config: TrainConfig) -> TrainResult:
         plain, tuning, model = chosen.recipe, chosen.tuning, self.model
         scales = tuning.scales(config.round, chosen.steps(self.num_examples))
         start = origin(model, config) if plain.mu else {}  # before it goes on from where it was
-        correction = {name: torch.from_numpy(array) for name, array in config.correction.items()}
+        correction = {
+            name: moved(torch.from_numpy(array), model.device) for name, array in config.correction.items()
+        }
         descent, save = self._begun(chosen, config)
         steps, losses, loss = descent.steps, descent.losses, self._loss(chosen)
         began = config.clock() - descent.spent_s
@@ -202,11 +205,13 @@ class HfBound:
 
     def _begun(self, chosen: Chosen, config: TrainConfig) -> tuple[Descent, Callable[[float], None]]:
         """Where descent begins, or goes on; and what is to be called after every step with the seconds so far."""
-        moved = Moved(self.model.views, self.model.load)
-        descent = Descent(moved, optimiser(chosen.recipe, self.model, config.state))
+        model = self.model
+        steps = optimiser(chosen.recipe, model, config.state)
+        descent = Descent(Moved(model.views, model.load), steps, device=model.device)
 
         def of() -> NDArray[np.uint8]:
-            return digest_of(f"{self.name} {sorted(self.model.marks)} {chosen}", self.rows.to_arrays())
+            words = f"{self.name} {sorted(model.marks)} {chosen} {model.device.type}"
+            return digest_of(words, self.rows.to_arrays())
 
         return descent, descent.begin(chosen.recipe.save_seconds, of, config)
 
@@ -234,18 +239,19 @@ class HfBound:
         gradients = {name: np.zeros_like(array) for name, array in self.model.initial.items()}
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
-                gradients[name] = parameter.grad.numpy().copy()
+                gradients[name] = parameter.grad.cpu().numpy().copy()
         return TrainResult(gradients, self.num_examples, {"loss": loss})
 
     def _backward(self, batch: Tensor, chosen: Chosen, loss: Loss) -> tuple[float, int]:
         """Leaves the gradient of the mean loss over these examples in the model; returns that loss, and how many
         examples or tokens it is the mean of. Raises TaskError if it is not finite."""
         self.model.module.zero_grad()
-        whole, total = self._weight(self.rows, batch), 0.0
+        whole, shares = self._weight(self.rows, batch), []
         for part in torch.split(batch, chosen.tuning.micro_batch or len(batch)):
             share = self._part(part, loss) * (self._weight(self.rows, part) / whole)
             share.backward()  # type: ignore[no-untyped-call]
-            total += share.item()
+            shares.append(share.detach())
+        total = sum(share.item() for share in shares)  # a device is waited for once
         if not math.isfinite(total):
             raise self._diverged(total, chosen)
         add_penalty(self.model, chosen.recipe.l2)
@@ -256,7 +262,8 @@ class HfBound:
         return loss(self._outputs(batch), self._targets(self.rows, rows, batch))
 
     def _batch(self, examples: Examples, rows: Tensor) -> dict[str, Tensor]:
-        return examples.batch(rows, self.model.tokenizer.pad_token_id or 0)
+        batch = examples.batch(rows, self.model.tokenizer.pad_token_id or 0)
+        return {name: moved(values, self.model.device) for name, values in batch.items()}
 
     def _outputs(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits in float32: (n, classes), or (tokens, vocabulary) of every token but the last of each example."""
@@ -272,7 +279,9 @@ class HfBound:
         return logits[:, -length:-1].flatten(0, 1)
 
     def _targets(self, examples: Examples, rows: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        return examples.targets[rows] if self.definition.kind == "classifier" else batch[LABELS][:, 1:].flatten()
+        if self.definition.kind == "classifier":
+            return moved(examples.targets[rows], self.model.device)
+        return batch[LABELS][:, 1:].flatten()
 
     def _weight(self, examples: Examples, rows: Tensor) -> int:
         return len(rows) if self.definition.kind == "classifier" else int(examples.targets[rows].sum())
@@ -299,7 +308,7 @@ class HfBound:
                 outputs, targets = self._outputs(batch), self._targets(examples, rows, batch)
                 losses.append((_cross_entropy(outputs, targets).item(), self._weight(examples, rows)))
                 if self.definition.kind == "classifier":
-                    found = tally(targets.numpy(), outputs.argmax(dim=1).numpy(), outputs.shape[1])
+                    found = tally(targets.cpu().numpy(), outputs.argmax(dim=1).cpu().numpy(), outputs.shape[1])
                     mistakes = found if mistakes is None else mistakes + found
         total = sum(weight for _, weight in losses)
         return math.fsum(loss * weight for loss, weight in losses) / total, mistakes
