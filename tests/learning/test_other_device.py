@@ -1,4 +1,4 @@
-"""Training on another device than the CPU. There is none but torch's `lazy` one: it computes on the CPU, and like any
+"""Training on another device than the CPU. There is none but torch's `lazy` one: it computes on the CPU, and like a real
 device it refuses what lies elsewhere. Its numbers are the CPU's within rounding."""
 
 from __future__ import annotations
