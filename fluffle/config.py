@@ -295,6 +295,15 @@ class SiteSection(Part):
             "the first there is of CUDA, MPS and CPU; empty: as the task says"
         ),
     ] = ""
+    processes: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=64,
+            description="processes that share each batch of a large model, each on a CUDA device of its own if it "
+            "trains there",
+        ),
+    ] = 1
     attack: Annotated[
         AttackName,
         Field(description="what this worker sends instead of what it learned, as `study.attack`; for studies only"),

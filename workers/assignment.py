@@ -34,7 +34,8 @@ log = structlog.get_logger(__name__)
 class Holding:
     """What a site has. `task` "": a shipped one that the run names. `data`: `share`, `all`, or where it is;
     "" is the share for a shipped task, and all for a site's own. `threads`: of torch, 0 as many as it likes.
-    `lora_rank`: of its adapters, 0 as the task has them. `device`: where it trains, "" as the task says."""
+    `lora_rank`: of its adapters, 0 as the task has them. `device`: where it trains, "" as the task says; in so many
+    `processes`."""
 
     participant: str
     task: str = ""
@@ -42,10 +43,11 @@ class Holding:
     threads: int = 1
     lora_rank: int = 0
     device: str = ""
+    processes: int = 1
 
     def fitted(self, definition: Definition) -> Definition:
         """The task as this site can do it. Raises ConfigError if it cannot."""
-        return definition.of_rank(self.lora_rank).on(self.device)
+        return definition.of_rank(self.lora_rank).on(self.device, self.processes)
 
 
 class Assignment:

@@ -91,8 +91,11 @@ class TaskDefinition:
             )
         return replace(self, model=partial(self.model, rank))
 
-    def on(self, device: str) -> TaskDefinition:
-        """The same on another device; "": as it is. Raises ConfigError if that is not there."""
+    def on(self, device: str, processes: int = 1) -> TaskDefinition:
+        """The same on another device; "": as it is. Raises ConfigError if that is not there, and for more than one
+        process."""
+        if processes > 1:
+            raise ConfigError(f"site.processes = {processes}: task {self.name!r} trains in one: leave it out")
         return replace(self, device=str(find(device))) if device else self
 
     def _lacks(self, remedy: str, inputs: tuple[int, ...] | None) -> str:

@@ -1,5 +1,5 @@
-"""Training on another device than the CPU. There is none but torch's `lazy` one: it computes on the CPU, and like a real
-device it refuses what lies elsewhere. Its numbers are the CPU's within rounding."""
+"""Training on another device than the CPU. There is none but torch's `lazy` one: it computes on the CPU, and as a
+real one does it refuses what lies elsewhere. Its numbers are the CPU's within rounding."""
 
 from __future__ import annotations
 

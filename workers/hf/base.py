@@ -25,6 +25,7 @@ from torch import nn
 from broker.errors import ConfigError, DataError, TaskError
 from workers import devices
 from workers.devices import AUTO, CPU
+from workers.hf.crew import Crew
 from workers.hf.ranks import of_rank
 from workers.modules import seeded
 from workers.task import Arrays
@@ -42,7 +43,7 @@ class Base:
     """Which model it is, and what is done with it. `where`: a folder, a name on the Hugging Face hub (at
     `revision`), or a function that finds the folder. `adapter`: PEFT's configuration; None trains the parameters
     themselves but those that a pattern in `frozen` names. `rank`: of this site's LoRA adapters; 0: as `adapter`
-    says. `device`: where this site trains."""
+    says. `device`: where this site trains, with so many `processes`."""
 
     where: str | Path | Callable[[], Path]
     kind: Kind
@@ -54,6 +55,7 @@ class Base:
     seed: int = 42
     rank: int = 0
     device: str = AUTO
+    processes: int = 1
 
     def digest(self) -> str:
         """The sha256 of what everybody must have alike, beside the files of the base."""
@@ -75,6 +77,7 @@ class Model:
     initial: Arrays
     has_adapter: bool
     device: torch.device = CPU
+    crew: Crew | None = None
     lock: RLock = field(default_factory=RLock)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -167,11 +170,23 @@ def load(base: Base) -> Model:
     names = _trained(module, base)
     own = dict(module.to(device).named_parameters())
     parameters = {travels: own[name] for name, travels in names.items()}
-    model = Model(
-        module, tokenizer, identity(folder), base.digest(), parameters, {}, base.adapter is not None, device
-    )
+    which = identity(folder)
+    crew = _crew(base, folder, which, device) if base.processes > 1 else None
+    model = Model(module, tokenizer, which, base.digest(), parameters, {}, base.adapter is not None, device, crew)
     model.initial.update(model.arrays())
     return model
+
+
+def _crew(base: Base, folder: Path, which: str, device: torch.device) -> Crew:
+    """Raises ConfigError if there are fewer devices than processes."""
+    places = [str(device)] * base.processes
+    if device.type == "cuda":
+        places = [str(devices.find(f"cuda:{(device.index or 0) + rank}")) for rank in range(base.processes)]
+    elif device.type == "mps":
+        raise ConfigError(f"site.processes = {base.processes}: MPS is one device: set it to 1")
+    names = ("kind", "classes", "adapter", "frozen", "max_length", "seed", "rank")
+    hello = {name: getattr(base, name) for name in names}
+    return Crew(base.processes, {**hello, "where": str(folder)}, which, places)
 
 
 def find(base: Base) -> Path:

@@ -31,6 +31,7 @@ class HfTask:
     (see `Recipe` and `Tuning`). `held_out` is the share of examples nobody trains on; `seed` draws those, and what
     is new in the model. `rank` is what `of_rank` sets. `device` is where it
     trains and evaluates: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto`, the first there is of CUDA, MPS and CPU.
+    `processes` share each batch, each on a device of its own if that is CUDA (`crew.py`).
     """
 
     name: str
@@ -48,6 +49,7 @@ class HfTask:
     seed: int = 42
     rank: int = 0
     device: str = AUTO
+    processes: int = 1
     _shared: Shared = field(default_factory=Shared, repr=False, compare=False)
 
     @property
@@ -72,6 +74,7 @@ class HfTask:
             seed=self.seed,
             rank=self.rank,
             device=self.device,
+            processes=self.processes,
         )
 
     def choose(self, settings: Mapping[str, Scalar]) -> Chosen:
@@ -94,9 +97,9 @@ class HfTask:
             ranks.of_rank(self.adapter, rank)
         return replace(self, rank=rank)
 
-    def on(self, device: str) -> HfTask:
-        """The same on another device; "": as it is. Raises ConfigError if that is not there."""
-        return replace(self, device=str(find(device))) if device else self
+    def on(self, device: str, processes: int = 1) -> HfTask:
+        """The same on another device, "": as it is; in so many processes. Raises ConfigError if there is none."""
+        return replace(self, device=str(find(device)) if device else self.device, processes=processes)
 
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from workers.definition import Prediction
 from workers.descent import Descent, Moved, digest_of
 from workers.devices import moved
 from workers.hf.base import Base, Model, load
+from workers.hf.crew import Crew, Work
 from workers.hf.recipe import Chosen
 from workers.hf.text import IGNORED, LABELS, Examples, TextReport, classified, nothing, packed
 from workers.imbalance import class_weights
@@ -35,7 +36,7 @@ from workers.lesson import Loss, weighted_cross_entropy
 from workers.modules import seeded
 from workers.optimisers import optimiser
 from workers.predictions import predictions
-from workers.recipe import ADAMW
+from workers.recipe import ADAMW, Recipe
 from workers.task import Arrays, Evaluation, TrainConfig, TrainResult, WorkAbandoned
 from workers.terms import add_penalty, correct, origin, pull_back
 from workers.torch_task import batches
@@ -159,19 +160,25 @@ class HfBound:
     @contextmanager
     def _loaded(self, arrays: Arrays, chosen: Chosen | None = None) -> Iterator[None]:
         """The model with these arrays, for nobody else; evaluating unless it is told to train."""
-        module: Any = self.model.module
         with self.model.lock:
             self.model.load(arrays)
-            module.eval()
-            checkpointing = chosen is not None and chosen.tuning.checkpointing
+            self.model.module.eval()
+            with self.running(chosen):
+                yield
+
+    @contextmanager
+    def running(self, chosen: Chosen | None) -> Iterator[None]:
+        """The passes inside are as `checkpointing` and `precision` say."""
+        module: Any = self.model.module
+        checkpointing = chosen is not None and chosen.tuning.checkpointing
+        if checkpointing:
+            module.activation_checkpointing_enable({"use_reentrant": False})
+        try:
+            with self._autocast(chosen):
+                yield
+        finally:
             if checkpointing:
-                module.activation_checkpointing_enable({"use_reentrant": False})
-            try:
-                with self._autocast(chosen):
-                    yield
-            finally:
-                if checkpointing:
-                    module.activation_checkpointing_disable()
+                module.activation_checkpointing_disable()
 
     def _autocast(self, chosen: Chosen | None) -> Any:
         is_mixed = chosen is not None and chosen.tuning.precision == "bfloat16"
@@ -246,20 +253,41 @@ class HfBound:
         """Leaves the gradient of the mean loss over these examples in the model; returns that loss, and how many
         examples or tokens it is the mean of. Raises TaskError if it is not finite."""
         self.model.module.zero_grad()
-        whole, shares = self._weight(self.rows, batch), []
-        for part in torch.split(batch, chosen.tuning.micro_batch or len(batch)):
-            share = self._part(part, loss) * (self._weight(self.rows, part) / whole)
-            share.backward()  # type: ignore[no-untyped-call]
-            shares.append(share.detach())
-        total = sum(share.item() for share in shares)  # a device is waited for once
+        whole = self._weight(self.rows, batch)
+        if self.model.crew is None:
+            total = self.accumulate(self.rows, batch, chosen, loss, whole)
+        else:
+            total = self._together(self.model.crew, batch, chosen, loss, whole)
         if not math.isfinite(total):
             raise self._diverged(total, chosen)
         add_penalty(self.model, chosen.recipe.l2)
         return total, whole
 
-    def _part(self, rows: Tensor, loss: Loss) -> Tensor:
-        batch = self._batch(self.rows, rows)
-        return loss(self._outputs(batch), self._targets(self.rows, rows, batch))
+    def accumulate(self, examples: Examples, rows: Tensor, chosen: Chosen, loss: Loss, whole: int) -> float:
+        """Adds the part of these rows in the gradient of a batch of the weight `whole`; returns that of its loss."""
+        shares = []
+        for part in torch.split(rows, chosen.tuning.micro_batch or len(rows)) if len(rows) else ():
+            batch = self._batch(examples, part)
+            mean = loss(self._outputs(batch), self._targets(examples, part, batch))
+            share = mean * (self._weight(examples, part) / whole)
+            share.backward()  # type: ignore[no-untyped-call]
+            shares.append(share.detach())
+        return math.fsum(share.item() for share in shares)  # a device is waited for once
+
+    def _together(self, crew: Crew, batch: Tensor, chosen: Chosen, loss: Loss, whole: int) -> float:
+        """As `accumulate`, with helpers. Those draw by a seed of the step's own, so they need not be saved."""
+        mine, *others = torch.tensor_split(batch, crew.size)
+        parameters = list(self.model.parameters.values())
+        weights = self._class_weights(chosen.recipe)
+        beside = {} if weights is None else {"weights": weights.numpy()}
+        settings = asdict(chosen.recipe) | asdict(chosen.tuning)
+        seed = int(torch.randint(1 << 31, ()))
+        work = [
+            Work({"settings": settings, "whole": whole, "seed": seed + rank}, self.rows.taken(rows) | beside)
+            for rank, rows in enumerate(others, 1)
+        ]
+        with crew.at_work(work, parameters) as lines:
+            return lines.add_up(parameters, self.accumulate(self.rows, mine, chosen, loss, whole))
 
     def _batch(self, examples: Examples, rows: Tensor) -> dict[str, Tensor]:
         batch = examples.batch(rows, self.model.tokenizer.pad_token_id or 0)
@@ -291,12 +319,11 @@ class HfBound:
         return self.rows.targets if self.definition.kind == "classifier" else None
 
     def _loss(self, chosen: Chosen) -> Loss:
-        plain = chosen.recipe
-        if not plain.class_weights and not plain.focal_gamma:
-            return _cross_entropy
+        return loss_of(chosen.recipe, self._class_weights(chosen.recipe))
+
+    def _class_weights(self, plain: Recipe) -> Tensor | None:
         form = plain.class_weights
-        weights = torch.from_numpy(class_weights(self.rows.targets.numpy(), form)) if form else None
-        return weighted_cross_entropy(weights, plain.focal_gamma)
+        return torch.from_numpy(class_weights(self.rows.targets.numpy(), form)) if form else None
 
     def _measure(self, examples: Examples) -> tuple[float, Tally | None]:
         """The mean loss, and which classes were mistaken. The module is as it is for evaluation."""
@@ -316,6 +343,13 @@ class HfBound:
     def _diverged(self, loss: float, chosen: Chosen | None = None) -> TaskError:
         rate = f" with train.lr = {chosen.recipe.lr:g}" if chosen else ""
         return TaskError(f"task {self.name!r}: the loss is {loss}{rate}: lower train.lr, or set train.clip = 1")
+
+
+def loss_of(plain: Recipe, weights: Tensor | None) -> Loss:
+    """The mean loss of a batch; `weights` are those of its classes."""
+    if weights is None and not plain.focal_gamma:
+        return _cross_entropy
+    return weighted_cross_entropy(weights, plain.focal_gamma)
 
 
 def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
