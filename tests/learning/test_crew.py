@@ -204,5 +204,5 @@ def test_there_must_be_a_device_for_each(folders: tuple[Path, Path], monkeypatch
     with pytest.raises(ConfigError, match="MPS is one device"):
         base._crew(there, folders[0], "", torch.device("mps"))
     for name in ("heart", "digits-bayes"):
-        with pytest.raises(ConfigError, match="site.processes"):
+        with pytest.raises(ConfigError, match=r"site\.processes"):
             find_task(name).on("", 2)

@@ -26,13 +26,14 @@ from broker.errors import ConfigError, DataError, TaskError
 from workers import devices
 from workers.devices import AUTO, CPU
 from workers.hf.crew import Crew
+from workers.hf.quantised import Form, quantise
 from workers.hf.ranks import of_rank
 from workers.modules import seeded
 from workers.task import Arrays
 
 Kind = Literal["classifier", "causal"]
 BASE, SETTINGS = "base.sha256.", "task.sha256."
-AGREED = ("kind", "classes", "adapter", "frozen", "max_length", "seed")
+AGREED = ("kind", "classes", "adapter", "frozen", "quantised", "max_length", "seed")
 FILES = ("config.json", "*.safetensors", "tokenizer*.json", "vocab.*", "merges.txt", "spiece.model", "*.model")
 REMEDY = "pip install 'fluffle[llm]'"
 NAMES = ("SEQ_CLS", "CAUSAL_LM")
@@ -51,6 +52,7 @@ class Base:
     classes: int = 2
     adapter: Mapping[str, Any] | None = None
     frozen: tuple[str, ...] = ()
+    quantised: Form = ""
     max_length: int = 128
     seed: int = 42
     rank: int = 0
@@ -168,6 +170,8 @@ def load(base: Base) -> Model:
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ConfigError(f"base model {folder}: {type(error).__name__}: {error}") from error
     names = _trained(module, base)
+    if base.quantised:
+        quantise(module, base.quantised)
     own = dict(module.to(device).named_parameters())
     parameters = {travels: own[name] for name, travels in names.items()}
     which = identity(folder)
@@ -184,8 +188,7 @@ def _crew(base: Base, folder: Path, which: str, device: torch.device) -> Crew:
         places = [str(devices.find(f"cuda:{(device.index or 0) + rank}")) for rank in range(base.processes)]
     elif device.type == "mps":
         raise ConfigError(f"site.processes = {base.processes}: MPS is one device: set it to 1")
-    names = ("kind", "classes", "adapter", "frozen", "max_length", "seed", "rank")
-    hello = {name: getattr(base, name) for name in names}
+    hello = {name: getattr(base, name) for name in (*AGREED, "rank")}
     return Crew(base.processes, {**hello, "where": str(folder)}, which, places)
 
 

@@ -13,6 +13,7 @@ from workers.definition import Prediction
 from workers.devices import AUTO, find
 from workers.hf import ranks
 from workers.hf.base import BASE, SETTINGS, Base, Kind, Model
+from workers.hf.quantised import Form
 from workers.hf.recipe import Chosen, choose
 from workers.hf.task import HfBound, Shared
 from workers.recipe import Recipe
@@ -27,11 +28,11 @@ class HfTask:
     gives a `Dataset` of texts: x (n,) of str, or (n, 2) for pairs of texts, or of prompts and what is to follow; y
     are classes (for a language model it only says how data is shared out). `adapter` is PEFT's configuration, such
     as {"peft_type": "LORA", "r": 4, "target_modules": ["query", "value"]}; None trains all parameters but those
-    that a pattern in `frozen` names. `max_length` counts tokens of an example. `defaults` are training settings
-    (see `Recipe` and `Tuning`). `held_out` is the share of examples nobody trains on; `seed` draws those, and what
-    is new in the model. `rank` is what `of_rank` sets. `device` is where it
-    trains and evaluates: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto`, the first there is of CUDA, MPS and CPU.
-    `processes` share each batch, each on a device of its own if that is CUDA (`crew.py`).
+    that a pattern in `frozen` names. `quantised` keeps what is frozen in 8 bits ("int8") or 4 ("nf4"). `max_length`
+    counts tokens of an example. `defaults` are training settings (see `Recipe` and `Tuning`). `held_out` is the
+    share of examples nobody trains on; `seed` draws those, and what is new in the model. `rank` is what `of_rank`
+    sets. `device` is where it trains and evaluates: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto`, the first there is
+    of CUDA, MPS and CPU. `processes` share each batch, each on a device of its own if that is CUDA (`crew.py`).
     """
 
     name: str
@@ -43,6 +44,7 @@ class HfTask:
     classes: int = 2
     adapter: Mapping[str, Any] | None = None
     frozen: tuple[str, ...] = ()
+    quantised: Form = ""
     max_length: int = 128
     defaults: Mapping[str, Scalar] = field(default_factory=dict)
     held_out: float = 0.2
@@ -70,6 +72,7 @@ class HfTask:
             classes=self.classes,
             adapter=self.adapter,
             frozen=self.frozen,
+            quantised=self.quantised,
             max_length=self.max_length,
             seed=self.seed,
             rank=self.rank,

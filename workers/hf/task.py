@@ -217,7 +217,7 @@ class HfBound:
         descent = Descent(Moved(model.views, model.load), steps, device=model.device)
 
         def of() -> NDArray[np.uint8]:
-            words = f"{self.name} {sorted(model.marks)} {chosen} {model.device.type}"
+            words = f"{self.name} {sorted(model.marks)} {chosen} {model.device.type} {self.definition.processes}"
             return digest_of(words, self.rows.to_arrays())
 
         return descent, descent.begin(chosen.recipe.save_seconds, of, config)
@@ -264,7 +264,7 @@ class HfBound:
         return total, whole
 
     def accumulate(self, examples: Examples, rows: Tensor, chosen: Chosen, loss: Loss, whole: int) -> float:
-        """Adds the part of these rows in the gradient of a batch of the weight `whole`; returns that of its loss."""
+        """Adds the part of these rows in the gradient of a batch of weight `whole`; returns that of the loss."""
         shares = []
         for part in torch.split(rows, chosen.tuning.micro_batch or len(rows)) if len(rows) else ():
             batch = self._batch(examples, part)
