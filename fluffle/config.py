@@ -284,10 +284,26 @@ class SiteSection(Part):
         Field(
             ge=0,
             le=1 << 16,
-            description="rank of this participant's LoRA adapters, at most the model's; the task's `model` takes "
-            "it as its argument; 0: the model's own",
+            description="rank of this participant's LoRA adapters, at most the model's; the `model` of a "
+            "TaskDefinition takes it as its argument; 0: the model's own",
         ),
     ] = 0
+    device: Annotated[
+        Annotated[str, StringConstraints(pattern=r"^(|auto|cpu|mps|cuda(:\d{1,3})?)$")],
+        Field(
+            description="where this participant trains and evaluates: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`: "
+            "the first there is of CUDA, MPS and CPU; empty: as the task says"
+        ),
+    ] = ""
+    processes: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=64,
+            description="processes that share each batch of a large model, each on a CUDA device of its own if it "
+            "trains there",
+        ),
+    ] = 1
     attack: Annotated[
         AttackName,
         Field(description="what this worker sends instead of what it learned, as `study.attack`; for studies only"),

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -80,9 +80,8 @@ def check_site(config: Config) -> dict[str, Assignment]:
     names, site = participants(config.site.participant), config.site
     for name in names:
         Topology(config.broker.federation).inbox(name)
-    assignments = {
-        name: Assignment(Holding(name, config.task, site.data, site.threads, site.lora_rank)) for name in names
-    }
+    has = Holding("", config.task, site.data, site.threads, site.lora_rank, site.device, site.processes)
+    assignments = {name: Assignment(replace(has, participant=name)) for name in names}
     assignments[names[0]].check()
     return assignments
 

@@ -246,7 +246,7 @@ async def _set_up(broker: Broker, topology: Topology) -> None:
 
 async def _learning_tasks(plan: Plan, display: Display, thread: Lane) -> Callable[[str], TaskFor]:
     """How each participant finds its learning task: its own, or one that trains together with the others'."""
-    tasks = {shard.name: _bound(plan, shard) for shard in plan.shares.shards}
+    tasks = await thread.run(lambda: {shard.name: _bound(plan, shard) for shard in plan.shares.shards})
     if plan.config.simulation.vectorise:
         try:
             together = await thread.run(partial(_together, plan.config, plan.definition, tasks))

@@ -18,7 +18,7 @@ import structlog
 from broker.errors import ConfigError, DataError, FluffleError
 from broker.messages import TrainRound
 from workers.data import Dataset, split
-from workers.definition import Definition
+from workers.definition import Definition, is_definition
 from workers.partition import Plan, Shard, share_out
 from workers.tables import read_examples
 from workers.task import LearningTask, is_learning_task
@@ -34,13 +34,20 @@ log = structlog.get_logger(__name__)
 class Holding:
     """What a site has. `task` "": a shipped one that the run names. `data`: `share`, `all`, or where it is;
     "" is the share for a shipped task, and all for a site's own. `threads`: of torch, 0 as many as it likes.
-    `lora_rank`: of its adapters, 0 as the task has them."""
+    `lora_rank`: of its adapters, 0 as the task has them. `device`: where it trains, "" as the task says; in so many
+    `processes`."""
 
     participant: str
     task: str = ""
     data: str = ""
     threads: int = 1
     lora_rank: int = 0
+    device: str = ""
+    processes: int = 1
+
+    def fitted(self, definition: Definition) -> Definition:
+        """The task as this site can do it. Raises ConfigError if it cannot."""
+        return definition.of_rank(self.lora_rank).on(self.device, self.processes)
 
 
 class Assignment:
@@ -51,9 +58,9 @@ class Assignment:
         self._found: tuple[Hashable, LearningTask] | None = None
 
     def check(self) -> None:
-        """Raises ConfigError if the task that this site names cannot be imported."""
-        if self._holding.task:
-            find_object(self._holding.task)
+        """Raises ConfigError if the task that this site names cannot be imported, or not be done here."""
+        if self._holding.task and is_definition(found := find_object(self._holding.task)):
+            self._holding.fitted(found)
 
     def __call__(self, told: TrainRound) -> LearningTask:
         """Raises ConfigError or DataError for what cannot work here."""
@@ -73,7 +80,7 @@ class Assignment:
             from workers.modules import use_threads
 
             use_threads(self._holding.threads)
-        definition: Definition = found.of_rank(self._holding.lora_rank)
+        definition = self._holding.fitted(found)
         shard = self._shard(definition, told)
         held_out = shard.held_out if len(shard.held_out) else None
         task = definition.bind(shard.train, held_out, shard.name)

@@ -65,6 +65,10 @@ class Definition(Protocol):
     def of_rank(self, rank: int) -> Definition:
         """The same with LoRA adapters of another rank; 0: its own. Raises ConfigError if it can have none."""
 
+    def on(self, device: str, processes: int = 1) -> Definition:
+        """The same on another device: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto`; "": its own; in so many processes.
+        Raises ConfigError if that is not there."""
+
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"
     ) -> BoundTask:

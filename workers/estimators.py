@@ -93,6 +93,14 @@ class EstimatorDefinition:
             raise ConfigError(f"task {self.name!r} has no LoRA adapters: leave site.lora_rank out")
         return self
 
+    def on(self, device: str, processes: int = 1) -> EstimatorDefinition:
+        """Raises ConfigError for any but the CPU, and one process."""
+        if device not in ("", "auto", "cpu") or processes > 1:
+            raise ConfigError(
+                f"task {self.name!r} computes on the CPU in one process: leave site.device and site.processes out"
+            )
+        return self
+
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"
     ) -> EstimatorTask:

@@ -41,7 +41,8 @@ class Lesson:
         other = torch.from_numpy(self.rng.permutation(len(x)))
 
         def mixed(outputs: Tensor, targets: Tensor) -> Tensor:
-            return share * self.loss(outputs, targets) + (1 - share) * self.loss(outputs, targets[other])
+            others = targets[other.to(targets.device)]
+            return share * self.loss(outputs, targets) + (1 - share) * self.loss(outputs, others)
 
         return share * x + (1 - share) * x[other], mixed
 
@@ -57,6 +58,6 @@ def weighted_cross_entropy(weights: Tensor | None, gamma: float) -> Loss:
         each = F.cross_entropy(outputs, targets, reduction="none")
         if gamma:
             each = each * (-torch.expm1(-each)).clamp_min(LEAST_DOUBT) ** gamma
-        return (each if weights is None else each * weights[targets]).mean()
+        return (each if weights is None else each * weights.to(targets.device)[targets]).mean()
 
     return loss

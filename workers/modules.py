@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from broker.errors import TaskError
+from workers.devices import CPU, draws, reseed, set_draws
 from workers.task import Arrays
 
 _GENERATOR = threading.RLock()
@@ -23,12 +24,18 @@ def use_threads(threads: int = 1) -> None:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """torch's CPU generator under this seed inside, as it was before outside. There is one in a process: other
-    threads wait."""
+def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
+    """torch's generators of the CPU and of this device under this seed inside, as they were before outside. There
+    is one in a process: other threads wait."""
     with _GENERATOR, torch.random.fork_rng(devices=[]):
+        kept = draws(device)
         torch.default_generator.manual_seed(seed)
-        yield
+        reseed(device, seed)
+        try:
+            yield
+        finally:
+            if kept is not None:
+                set_draws(device, kept)
 
 
 def build(model: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -38,15 +45,16 @@ def build(model: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def views(module: nn.Module) -> Arrays:
-    """Parameters and buffers under their `state_dict` names, not copied: writing to them changes the module.
+    """Parameters and buffers under their `state_dict` names. Those on the CPU are not copied: writing to them
+    changes the module.
 
-    Raises TaskError if one has no numpy counterpart (such as bfloat16, sparse or not on the CPU).
+    Raises TaskError if one has no numpy counterpart (such as bfloat16, or sparse).
     """
     try:
-        return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
-    except (TypeError, AttributeError, RuntimeError) as error:
+        return {name: tensor.cpu().numpy() for name, tensor in module.state_dict().items()}
+    except (TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
         raise TaskError(
-            f"the model holds something that cannot travel as a numpy array ({error}): use dense CPU tensors of "
+            f"the model holds something that cannot travel as a numpy array ({error}): use dense tensors of "
             "float32 or int64"
         ) from error
 
@@ -78,6 +86,7 @@ def load_arrays(module: nn.Module, arrays: Arrays) -> None:
             f"the arrays are not this model's (missing {missing[:5]}, unknown {unknown[:5]}): do both sides run "
             "the same task?"
         )
+    tensors = module.state_dict()
     for name, target in targets.items():
         array = arrays[name]
         if array.shape != target.shape or array.dtype != target.dtype:
@@ -85,4 +94,7 @@ def load_arrays(module: nn.Module, arrays: Arrays) -> None:
                 f"array {name!r} is {array.dtype} {array.shape}, this model's is {target.dtype} {target.shape}: do "
                 "both sides run the same version of the task?"
             )
-        np.copyto(target, array)
+        if tensors[name].device.type == "cpu":
+            np.copyto(target, array)
+        else:
+            tensors[name].copy_(torch.from_numpy(array.copy()))

@@ -27,7 +27,7 @@ class Optimiser(Protocol):
         """What the next round's steps begin with; empty if they begin anew."""
 
     def progress(self) -> Arrays:
-        """What the next step begins with, as views."""
+        """What the next step begins with; perhaps views."""
 
     def go_on_from(self, progress: Arrays) -> None:
         """Takes up what `progress` gave."""
@@ -50,7 +50,7 @@ class Sgd:
             for name, parameter, step in _gradients(module):
                 if self._chosen.momentum:
                     if name in self._velocity:
-                        step.add_(self._velocity[name], alpha=self._chosen.momentum)
+                        step.add_(self._velocity[name].to(step.device), alpha=self._chosen.momentum)
                     self._velocity[name] = step  # zero_grad lets go of it, so nobody else writes to it
                 parameter.sub_(step, alpha=scale * self._chosen.lr)
 
@@ -58,7 +58,7 @@ class Sgd:
         return {}
 
     def progress(self) -> Arrays:
-        return {name: values.numpy() for name, values in self._velocity.items()}
+        return {name: values.cpu().numpy() for name, values in self._velocity.items()}
 
     def go_on_from(self, progress: Arrays) -> None:
         self._velocity = {name: torch.from_numpy(values.copy()) for name, values in progress.items()}
@@ -96,8 +96,8 @@ class AdamW:
                 parameter.addcdiv_(m, (v / second).sqrt_().add_(chosen.eps), value=-lr / first)
 
     def state(self) -> Arrays:
-        found = {FIRST + name: values.numpy() for name, values in self._m.items()}
-        found |= {SECOND + name: values.numpy() for name, values in self._v.items()}
+        found = {FIRST + name: values.cpu().numpy() for name, values in self._m.items()}
+        found |= {SECOND + name: values.cpu().numpy() for name, values in self._v.items()}
         return {**found, STEPS: np.array(self._steps)}
 
     def progress(self) -> Arrays:
@@ -121,4 +121,6 @@ def _fits(state: Arrays, own: dict[str, nn.Parameter]) -> bool:
 
 
 def _begun(state: Arrays, name: str, like: Tensor) -> Tensor:
-    return torch.from_numpy(state[name].copy()) if state else torch.zeros_like(like, requires_grad=False)
+    if not state:
+        return torch.zeros_like(like, requires_grad=False)
+    return torch.from_numpy(state[name].copy()).to(like.device)

@@ -28,7 +28,10 @@ def origin(module: Parameters, config: TrainConfig) -> dict[str, Tensor]:
     """The parameters to which a proximal term pulls: those that were told, or those that the module has now."""
     if config.origin is None:
         return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    return {name: torch.from_numpy(config.origin[name].copy()) for name, _ in module.named_parameters()}
+    return {
+        name: torch.from_numpy(config.origin[name].copy()).to(parameter.device)
+        for name, parameter in module.named_parameters()
+    }
 
 
 def correct(module: Parameters, correction: Mapping[str, Tensor]) -> None:

@@ -33,6 +33,8 @@ class Together:
         """`asked`: how many a round asks. Raises Unstackable if they cannot train together, or gain nothing."""
         if any(type(task).train is not TorchTask.train for task in tasks.values()):
             raise Unstackable("the task has a way of its own to train")
+        if any(task.device.type != "cpu" for task in tasks.values()):
+            raise Unstackable("the task trains on another device than the CPU")
         if chosen.mu or chosen.max_seconds or chosen.optimiser != SGD or chosen.is_scheduled:
             names = "train.mu, train.max_seconds, train.optimiser and a schedule"
             raise Unstackable(f"{names} are for each participant alone")

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from broker.errors import ConfigError, DataError, TaskError
@@ -27,7 +28,8 @@ from workers.augment import IMAGE_DIMENSIONS, Augment
 from workers.classes import Tally, tally
 from workers.data import Dataset
 from workers.definition import Prediction
-from workers.descent import Descent, Seldom, digest_of
+from workers.descent import Descent, Moved, digest_of
+from workers.devices import find, moved
 from workers.imbalance import class_weights, resampled
 from workers.lesson import Lesson, Loss, weighted_cross_entropy
 from workers.modules import arrays_of, buffer_patterns, build, load_arrays, seeded, views
@@ -53,7 +55,8 @@ class TaskDefinition:
     `loss` is "cross-entropy", "mse" or a function of (outputs, targets) that gives the mean over the examples as
     a scalar. `metric` "accuracy" adds accuracy, macro_f1 and macro_recall to evaluations, "rmse" rmse and mae.
     `defaults` are training settings (see `Recipe`). `held_out` is the share of examples nobody trains on; `seed`
-    draws the initial model and the held-out examples.
+    draws the initial model and the held-out examples. `device` is where it trains and evaluates: `cpu`, `cuda`,
+    `cuda:N`, `mps` or `auto`, the best there is.
     """
 
     name: str
@@ -66,6 +69,7 @@ class TaskDefinition:
     defaults: Mapping[str, Scalar] = field(default_factory=dict)
     held_out: float = 0.2
     seed: int = 42
+    device: str = "cpu"
 
     def recipe(self, settings: Mapping[str, Scalar], inputs: tuple[int, ...] | None = None) -> Recipe:
         """The defaults with these settings over them. Raises ConfigError for one that cannot work, also for
@@ -86,6 +90,13 @@ class TaskDefinition:
                 f"site.lora_rank = {rank}: the model of task {self.name!r} takes no rank as its argument"
             )
         return replace(self, model=partial(self.model, rank))
+
+    def on(self, device: str, processes: int = 1) -> TaskDefinition:
+        """The same on another device; "": as it is. Raises ConfigError if that is not there, and for more than one
+        process."""
+        if processes > 1:
+            raise ConfigError(f"site.processes = {processes}: task {self.name!r} trains in one: leave it out")
+        return replace(self, device=str(find(device))) if device else self
 
     def _lacks(self, remedy: str, inputs: tuple[int, ...] | None) -> str:
         """What this task would have to be for a remedy; nothing if it is that."""
@@ -133,7 +144,8 @@ class TorchTask:
     ) -> None:
         self.definition = definition
         self.name = definition.name
-        self.module = build(definition.model, definition.seed)
+        self.device = find(definition.device)
+        self.module = build(definition.model, definition.seed).to(self.device)
         self.rows, self.report = _rows(train, definition.preprocess)
         self._held_out, self.held_out_report = _rows(held_out, definition.preprocess)
         self.num_examples = len(self.rows)
@@ -159,7 +171,7 @@ class TorchTask:
         chosen = self.definition.recipe(config.settings, tuple(self.rows.x.shape[1:]))
         load_arrays(self.module, arrays)
         self.module.train()
-        with seeded(config.seed):
+        with seeded(config.seed, self.device):
             if config.wants == "gradient":
                 return self._gradient(chosen, config.seed)
             start_loss = self._start_loss() if config.wants == "delta+loss" else None
@@ -212,7 +224,9 @@ class TorchTask:
 
     def _descend(self, chosen: Recipe, config: TrainConfig) -> TrainResult:
         start = origin(self.module, config) if chosen.mu else {}  # before it goes on from where it was
-        correction = {name: torch.from_numpy(array) for name, array in config.correction.items()}
+        correction = {
+            name: moved(torch.from_numpy(array), self.device) for name, array in config.correction.items()
+        }
         descent, save = self._begun(chosen, config)
         steps, losses, began = descent.steps, descent.losses, config.clock() - descent.spent_s
         scales = chosen.scales(config.round, self.num_examples)
@@ -232,14 +246,14 @@ class TorchTask:
 
     def _begun(self, chosen: Recipe, config: TrainConfig) -> tuple[Descent, Callable[[float], None]]:
         """Where descent begins, or goes on; and what is to be called after every step with the seconds so far."""
-        descent = Descent(
-            self.module, optimiser(chosen, self.module, config.state), self._lesson(chosen, config.seed)
-        )
-        of = cache(lambda: digest_of(f"{self.name} {chosen}", (self.rows.x.numpy(), self.rows.y.numpy())))
-        if config.resume:
-            descent.go_on_from(config.resume, of())
-        seldom = Seldom(chosen.save_seconds, config.clock, descent.spent_s)
-        return descent, lambda spent_s: seldom(spent_s, lambda: config.save(descent.to_arrays(of(), spent_s)))
+        held = Moved(partial(views, self.module), partial(load_arrays, self.module))
+        steps = optimiser(chosen, self.module, config.state)
+        descent = Descent(held, steps, self._lesson(chosen, config.seed), self.device)
+
+        def of() -> NDArray[np.uint8]:
+            return digest_of(f"{self.name} {chosen} {self.device.type}", (self.rows.x.numpy(), self.rows.y.numpy()))
+
+        return descent, descent.begin(chosen.save_seconds, of, config)
 
     def trained(
         self, arrays: Arrays, losses: Sequence[tuple[float, int]], chosen: Recipe, taken: Sequence[float] = ()
@@ -296,7 +310,7 @@ class TorchTask:
         gradients = {name: np.zeros_like(array) for name, array in views(self.module).items()}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if parameter.grad is not None:
-                gradients[name] = parameter.grad.numpy().copy()
+                gradients[name] = parameter.grad.cpu().numpy().copy()
         return TrainResult(gradients, self.num_examples, {"loss": loss})
 
     def _statistics(self) -> TrainResult:
@@ -346,6 +360,7 @@ class TorchTask:
         whatever goes wrong in the user's code."""
         function = function or self._loss
         with self._failures_named(x, y):
+            x, y = moved(x, self.device), moved(y, self.device)
             outputs = self.module(x)
             loss = function(outputs, y)
             if loss.ndim:
@@ -367,6 +382,7 @@ class TorchTask:
         mistakes: Tally | None = None
         for x, y in zip(torch.split(rows.x, CHUNK_ROWS), torch.split(rows.y, CHUNK_ROWS), strict=True):
             outputs, loss = self._forward(x, y)
+            outputs = outputs.cpu()
             with self._failures_named(x, y):
                 metrics = METRICS[self.definition.metric](outputs, y)
                 if self.definition.metric == "accuracy":

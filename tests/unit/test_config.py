@@ -53,7 +53,12 @@ def test_every_setting_is_reachable_in_every_way(tmp_path: Path) -> None:
     values |= {"stop.target_metric": "loss:1", "broker.url": "amqp://localhost", "run.id": "x", "run.dir": "y"}
     values |= {"study.attack": "little:1", "site.attack": "gaussian:2"}
     values |= {"train.optimiser": "adamw", "train.beta_1": "0.5", "train.beta_2": "0.5"}
-    values |= {"train.momentum": "0.5", "site.http": "localhost:1", "store.url": "s3://bucket/prefix"}
+    values |= {
+        "train.momentum": "0.5",
+        "site.http": "localhost:1",
+        "site.device": "cuda:1",
+        "store.url": "s3://bucket/prefix",
+    }
     for setting in settings():
         default = "1" if setting.default is None else setting.written
         text = values.get(setting.name, default or "word")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from broker.errors import ConfigError, StateError, TaskError
 from workers.data import Dataset
 from workers.definition import Prediction
-from workers.hf.base import IDENTITY, Base, Kind, Model
+from workers.devices import AUTO, find
+from workers.hf import ranks
+from workers.hf.base import BASE, SETTINGS, Base, Kind, Model
+from workers.hf.quantised import Form
 from workers.hf.recipe import Chosen, choose
 from workers.hf.task import HfBound, Shared
 from workers.recipe import Recipe
@@ -25,9 +28,11 @@ class HfTask:
     gives a `Dataset` of texts: x (n,) of str, or (n, 2) for pairs of texts, or of prompts and what is to follow; y
     are classes (for a language model it only says how data is shared out). `adapter` is PEFT's configuration, such
     as {"peft_type": "LORA", "r": 4, "target_modules": ["query", "value"]}; None trains all parameters but those
-    that a pattern in `frozen` names. `max_length` counts tokens of an example. `defaults` are training settings
-    (see `Recipe` and `Tuning`). `held_out` is the share of examples nobody trains on; `seed` draws those, and what
-    is new in the model.
+    that a pattern in `frozen` names. `quantised` keeps what is frozen in 8 bits ("int8") or 4 ("nf4"). `max_length`
+    counts tokens of an example. `defaults` are training settings (see `Recipe` and `Tuning`). `held_out` is the
+    share of examples nobody trains on; `seed` draws those, and what is new in the model. `rank` is what `of_rank`
+    sets. `device` is where it trains and evaluates: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto`, the first there is
+    of CUDA, MPS and CPU. `processes` share each batch, each on a device of its own if that is CUDA (`crew.py`).
     """
 
     name: str
@@ -39,18 +44,23 @@ class HfTask:
     classes: int = 2
     adapter: Mapping[str, Any] | None = None
     frozen: tuple[str, ...] = ()
+    quantised: Form = ""
     max_length: int = 128
     defaults: Mapping[str, Scalar] = field(default_factory=dict)
     held_out: float = 0.2
     seed: int = 42
-    _shared: Shared = field(default_factory=Shared, init=False, repr=False, compare=False)
+    rank: int = 0
+    device: str = AUTO
+    processes: int = 1
+    _shared: Shared = field(default_factory=Shared, repr=False, compare=False)
 
     @property
     def metric(self) -> str:
         return "accuracy" if self.kind == "classifier" else "perplexity"
 
     def model(self) -> Model:
-        """The base with what is trained of it; loaded once in a process. Raises ConfigError or DataError."""
+        """The base with what is trained of it; loaded once in a process, for each rank. Raises ConfigError or
+        DataError."""
         return self._shared.get(self.described())
 
     def described(self) -> Base:
@@ -62,7 +72,12 @@ class HfTask:
             classes=self.classes,
             adapter=self.adapter,
             frozen=self.frozen,
+            quantised=self.quantised,
+            max_length=self.max_length,
             seed=self.seed,
+            rank=self.rank,
+            device=self.device,
+            processes=self.processes,
         )
 
     def choose(self, settings: Mapping[str, Scalar]) -> Chosen:
@@ -79,12 +94,15 @@ class HfTask:
         return self.choose(settings).recipe
 
     def of_rank(self, rank: int) -> HfTask:
-        """Raises ConfigError for any but 0: adapters of PEFT have one rank for everybody so far."""
+        """The same with LoRA adapters of at most that rank; 0: as they are. Raises ConfigError for other adapters,
+        and for a rank above theirs."""
         if rank:
-            raise ConfigError(
-                f"site.lora_rank = {rank}: task {self.name!r} has one rank for everybody: leave it out"
-            )
-        return self
+            ranks.of_rank(self.adapter, rank)
+        return replace(self, rank=rank)
+
+    def on(self, device: str, processes: int = 1) -> HfTask:
+        """The same on another device, "": as it is; in so many processes. Raises ConfigError if there is none."""
+        return replace(self, device=str(find(device)) if device else self.device, processes=processes)
 
     def bind(
         self, train: Dataset | None = None, held_out: Dataset | None = None, participant: str = "this participant"
@@ -100,8 +118,8 @@ class HfTask:
         self.recipe(settings, inputs)
 
     def run_defaults(self) -> dict[str, Scalar]:
-        """The array that names the base is no parameter."""
-        return {"strategy.buffers": f"{IDENTITY}*"}
+        """The arrays that name the base and the task are no parameters."""
+        return {"strategy.buffers": f"{BASE}*,{SETTINGS}*"}
 
     def predict(self, arrays: Arrays, inputs: Dataset) -> list[Prediction]:
         """The class of each text and its probability. Raises StateError if the model is not of this task."""

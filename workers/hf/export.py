@@ -8,6 +8,7 @@ from typing import Any
 from broker.errors import ConfigError, StateError, TaskError
 from workers.hf.base import find, load
 from workers.hf.definition import HfTask
+from workers.hf.quantised import restore
 from workers.task import Arrays
 
 
@@ -22,11 +23,12 @@ def write_adapter(task: HfTask, arrays: Arrays, out: Path) -> None:
 
 
 def write_merged(task: HfTask, arrays: Arrays, out: Path, most_bytes: int | None = None) -> None:
-    """The whole model with what was learned in its weights, in files of at most so many bytes; None: as
-    transformers cuts them. Raises ConfigError for adapters that are no weights,
-    such as learned prompts; StateError as `write_adapter` does."""
+    """The whole model with what was learned in its weights, in files of at most so many bytes (None: as
+    transformers cuts them); a quantised base becomes float32, of the values that it was trained with. Raises
+    ConfigError for adapters that are no weights, such as learned prompts; StateError as `write_adapter` does."""
     model = _loaded(task, arrays)
     module = model.module
+    restore(module)
     if task.adapter is not None:
         if not hasattr(module, "merge_and_unload"):
             raise ConfigError(f"the adapter of task {task.name!r} cannot be merged into weights: use --format peft")

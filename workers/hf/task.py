@@ -7,23 +7,28 @@ a process share the base model: who trains or evaluates has it alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from broker.errors import ConfigError, DataError, TaskError
 from workers.classes import Tally, tally
 from workers.data import Dataset
 from workers.definition import Prediction
+from workers.descent import Descent, Moved, digest_of
+from workers.devices import moved
 from workers.hf.base import Base, Model, load
+from workers.hf.crew import Crew, Work
 from workers.hf.recipe import Chosen
 from workers.hf.text import IGNORED, LABELS, Examples, TextReport, classified, nothing, packed
 from workers.imbalance import class_weights
@@ -31,7 +36,7 @@ from workers.lesson import Loss, weighted_cross_entropy
 from workers.modules import seeded
 from workers.optimisers import optimiser
 from workers.predictions import predictions
-from workers.recipe import ADAMW
+from workers.recipe import ADAMW, Recipe
 from workers.task import Arrays, Evaluation, TrainConfig, TrainResult, WorkAbandoned
 from workers.terms import add_penalty, correct, origin, pull_back
 from workers.torch_task import batches
@@ -45,16 +50,19 @@ LARGEST_EXPONENT = 700.0  # of which the exponential is finite
 
 @dataclass(slots=True)
 class Shared:
-    """The model of a definition, loaded when it is first needed."""
+    """The models of a definition, and of what was made of it by changing something; each is loaded when it is first
+    needed."""
 
     lock: RLock = field(default_factory=RLock)
-    found: Model | None = None
+    found: list[tuple[Base, Model]] = field(default_factory=list)
 
     def get(self, base: Base) -> Model:
         with self.lock:
-            if self.found is None:
-                self.found = load(base)
-            return self.found
+            for known, model in self.found:
+                if known == base:
+                    return model
+            self.found.append((base, load(base)))
+            return self.found[-1][1]
 
 
 class HfBound:
@@ -101,7 +109,7 @@ class HfBound:
         if not self.num_examples:
             raise TaskError(f"task {self.name!r} was bound without training data: it can only evaluate")
         chosen = self.definition.choose(config.settings)
-        with self._loaded(arrays, chosen), seeded(config.seed):
+        with self._loaded(arrays, chosen), seeded(config.seed, self.model.device):
             if config.wants == "gradient":
                 return self._gradient(chosen)
             start_loss = self._measure(self.rows)[0] if config.wants == "delta+loss" else None
@@ -137,7 +145,7 @@ class HfBound:
             )
         rows, _ = self._examples(inputs)
         with self._loaded(arrays), torch.inference_mode():
-            outputs = [self._outputs(self._batch(rows, part)) for part in _parts(len(rows))]
+            outputs = [self._outputs(self._batch(rows, part)).cpu() for part in _parts(len(rows))]
         found = torch.cat(outputs).double() if outputs else torch.empty(0, 1)
         return list(predictions(np.arange(len(rows)), found, "accuracy"))
 
@@ -152,33 +160,41 @@ class HfBound:
     @contextmanager
     def _loaded(self, arrays: Arrays, chosen: Chosen | None = None) -> Iterator[None]:
         """The model with these arrays, for nobody else; evaluating unless it is told to train."""
-        module: Any = self.model.module
         with self.model.lock:
             self.model.load(arrays)
-            module.eval()
-            checkpointing = chosen is not None and chosen.tuning.checkpointing
+            self.model.module.eval()
+            with self.running(chosen):
+                yield
+
+    @contextmanager
+    def running(self, chosen: Chosen | None) -> Iterator[None]:
+        """The passes inside are as `checkpointing` and `precision` say."""
+        module: Any = self.model.module
+        checkpointing = chosen is not None and chosen.tuning.checkpointing
+        if checkpointing:
+            module.activation_checkpointing_enable({"use_reentrant": False})
+        try:
+            with self._autocast(chosen):
+                yield
+        finally:
             if checkpointing:
-                module.activation_checkpointing_enable({"use_reentrant": False})
-            try:
-                with self._autocast(chosen):
-                    yield
-            finally:
-                if checkpointing:
-                    module.activation_checkpointing_disable()
+                module.activation_checkpointing_disable()
 
     def _autocast(self, chosen: Chosen | None) -> Any:
         is_mixed = chosen is not None and chosen.tuning.precision == "bfloat16"
-        return torch.autocast("cpu", torch.bfloat16) if is_mixed else nullcontext()
+        return torch.autocast(self.model.device.type, torch.bfloat16) if is_mixed else nullcontext()
 
     def _descend(self, chosen: Chosen, config: TrainConfig) -> TrainResult:
         plain, tuning, model = chosen.recipe, chosen.tuning, self.model
-        steps = optimiser(plain, model, config.state)
         scales = plain.scales(config.round, self.num_examples)
-        start = origin(model, config) if plain.mu else {}
-        correction = {name: torch.from_numpy(array) for name, array in config.correction.items()}
-        loss, began = self._loss(chosen), config.clock()
-        losses: list[tuple[float, int]] = []
-        for batch in batches(self.num_examples, plain, config.seed, self._labels):
+        start = origin(model, config) if plain.mu else {}  # before it goes on from where it was
+        correction = {
+            name: moved(torch.from_numpy(array), model.device) for name, array in config.correction.items()
+        }
+        descent, save = self._begun(chosen, config)
+        steps, losses, loss = descent.steps, descent.losses, self._loss(chosen)
+        began = config.clock() - descent.spent_s
+        for batch in islice(batches(self.num_examples, plain, config.seed, self._labels), len(losses), None):
             if config.should_stop():
                 raise WorkAbandoned(f"task {self.name!r}: told to stop after {len(losses)} steps")
             losses.append(self._backward(batch, chosen, loss))
@@ -187,10 +203,24 @@ class HfBound:
             if tuning.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters.values(), tuning.clip)
             steps.step(model, scales[min(len(losses), len(scales)) - 1])
-            if plain.max_seconds and config.clock() - began >= plain.max_seconds:
+            spent_s = config.clock() - began
+            if plain.max_seconds and spent_s >= plain.max_seconds:
                 break
+            save(spent_s)
         taken = [scales[min(step, len(scales) - 1)] for step in range(len(losses))]
         return replace(self._trained(losses, taken, chosen), state=steps.state())
+
+    def _begun(self, chosen: Chosen, config: TrainConfig) -> tuple[Descent, Callable[[float], None]]:
+        """Where descent begins, or goes on; and what is to be called after every step with the seconds so far."""
+        model = self.model
+        steps = optimiser(chosen.recipe, model, config.state)
+        descent = Descent(Moved(model.views, model.load), steps, device=model.device)
+
+        def of() -> NDArray[np.uint8]:
+            words = f"{self.name} {sorted(model.marks)} {chosen} {model.device.type} {self.definition.processes}"
+            return digest_of(words, self.rows.to_arrays())
+
+        return descent, descent.begin(chosen.recipe.save_seconds, of, config)
 
     def _trained(self, losses: Sequence[tuple[float, int]], taken: Sequence[float], chosen: Chosen) -> TrainResult:
         arrays = self.model.arrays()
@@ -206,7 +236,7 @@ class HfBound:
             # a clipped gradient moves less than it says
             effective_steps=0.0 if adamw or tuning.clip else plain.effective_steps(len(taken), taken),
             step_sum=0.0 if tuning.clip else plain.lr * math.fsum(taken),
-            buffers=frozenset({self.model.mark}),
+            buffers=self.model.marks,
         )
 
     def _gradient(self, chosen: Chosen) -> TrainResult:
@@ -216,29 +246,52 @@ class HfBound:
         gradients = {name: np.zeros_like(array) for name, array in self.model.initial.items()}
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
-                gradients[name] = parameter.grad.numpy().copy()
+                gradients[name] = parameter.grad.cpu().numpy().copy()
         return TrainResult(gradients, self.num_examples, {"loss": loss})
 
     def _backward(self, batch: Tensor, chosen: Chosen, loss: Loss) -> tuple[float, int]:
         """Leaves the gradient of the mean loss over these examples in the model; returns that loss, and how many
         examples or tokens it is the mean of. Raises TaskError if it is not finite."""
         self.model.module.zero_grad()
-        whole, total = self._weight(self.rows, batch), 0.0
-        for part in torch.split(batch, chosen.tuning.micro_batch or len(batch)):
-            share = self._part(part, loss) * (self._weight(self.rows, part) / whole)
-            share.backward()  # type: ignore[no-untyped-call]
-            total += share.item()
+        whole = self._weight(self.rows, batch)
+        if self.model.crew is None:
+            total = self.accumulate(self.rows, batch, chosen, loss, whole)
+        else:
+            total = self._together(self.model.crew, batch, chosen, loss, whole)
         if not math.isfinite(total):
             raise self._diverged(total, chosen)
         add_penalty(self.model, chosen.recipe.l2)
         return total, whole
 
-    def _part(self, rows: Tensor, loss: Loss) -> Tensor:
-        batch = self._batch(self.rows, rows)
-        return loss(self._outputs(batch), self._targets(self.rows, rows, batch))
+    def accumulate(self, examples: Examples, rows: Tensor, chosen: Chosen, loss: Loss, whole: int) -> float:
+        """Adds the part of these rows in the gradient of a batch of weight `whole`; returns that of the loss."""
+        shares = []
+        for part in torch.split(rows, chosen.tuning.micro_batch or len(rows)) if len(rows) else ():
+            batch = self._batch(examples, part)
+            mean = loss(self._outputs(batch), self._targets(examples, part, batch))
+            share = mean * (self._weight(examples, part) / whole)
+            share.backward()  # type: ignore[no-untyped-call]
+            shares.append(share.detach())
+        return math.fsum(share.item() for share in shares)  # a device is waited for once
+
+    def _together(self, crew: Crew, batch: Tensor, chosen: Chosen, loss: Loss, whole: int) -> float:
+        """As `accumulate`, with helpers. Those draw by a seed of the step's own, so they need not be saved."""
+        mine, *others = torch.tensor_split(batch, crew.size)
+        parameters = list(self.model.parameters.values())
+        weights = self._class_weights(chosen.recipe)
+        beside = {} if weights is None else {"weights": weights.numpy()}
+        settings = asdict(chosen.recipe) | asdict(chosen.tuning)
+        seed = int(torch.randint(1 << 31, ()))
+        work = [
+            Work({"settings": settings, "whole": whole, "seed": seed + rank}, self.rows.taken(rows) | beside)
+            for rank, rows in enumerate(others, 1)
+        ]
+        with crew.at_work(work, parameters) as lines:
+            return lines.add_up(parameters, self.accumulate(self.rows, mine, chosen, loss, whole))
 
     def _batch(self, examples: Examples, rows: Tensor) -> dict[str, Tensor]:
-        return examples.batch(rows, self.model.tokenizer.pad_token_id or 0)
+        batch = examples.batch(rows, self.model.tokenizer.pad_token_id or 0)
+        return {name: moved(values, self.model.device) for name, values in batch.items()}
 
     def _outputs(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits in float32: (n, classes), or (tokens, vocabulary) of every token but the last of each example."""
@@ -254,7 +307,9 @@ class HfBound:
         return logits[:, -length:-1].flatten(0, 1)
 
     def _targets(self, examples: Examples, rows: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        return examples.targets[rows] if self.definition.kind == "classifier" else batch[LABELS][:, 1:].flatten()
+        if self.definition.kind == "classifier":
+            return moved(examples.targets[rows], self.model.device)
+        return batch[LABELS][:, 1:].flatten()
 
     def _weight(self, examples: Examples, rows: Tensor) -> int:
         return len(rows) if self.definition.kind == "classifier" else int(examples.targets[rows].sum())
@@ -264,12 +319,11 @@ class HfBound:
         return self.rows.targets if self.definition.kind == "classifier" else None
 
     def _loss(self, chosen: Chosen) -> Loss:
-        plain = chosen.recipe
-        if not plain.class_weights and not plain.focal_gamma:
-            return _cross_entropy
+        return loss_of(chosen.recipe, self._class_weights(chosen.recipe))
+
+    def _class_weights(self, plain: Recipe) -> Tensor | None:
         form = plain.class_weights
-        weights = torch.from_numpy(class_weights(self.rows.targets.numpy(), form)) if form else None
-        return weighted_cross_entropy(weights, plain.focal_gamma)
+        return torch.from_numpy(class_weights(self.rows.targets.numpy(), form)) if form else None
 
     def _measure(self, examples: Examples) -> tuple[float, Tally | None]:
         """The mean loss, and which classes were mistaken. The module is as it is for evaluation."""
@@ -281,7 +335,7 @@ class HfBound:
                 outputs, targets = self._outputs(batch), self._targets(examples, rows, batch)
                 losses.append((_cross_entropy(outputs, targets).item(), self._weight(examples, rows)))
                 if self.definition.kind == "classifier":
-                    found = tally(targets.numpy(), outputs.argmax(dim=1).numpy(), outputs.shape[1])
+                    found = tally(targets.cpu().numpy(), outputs.argmax(dim=1).cpu().numpy(), outputs.shape[1])
                     mistakes = found if mistakes is None else mistakes + found
         total = sum(weight for _, weight in losses)
         return math.fsum(loss * weight for loss, weight in losses) / total, mistakes
@@ -289,6 +343,13 @@ class HfBound:
     def _diverged(self, loss: float, chosen: Chosen | None = None) -> TaskError:
         rate = f" with train.lr = {chosen.recipe.lr:g}" if chosen else ""
         return TaskError(f"task {self.name!r}: the loss is {loss}{rate}: lower train.lr, or set train.clip = 1")
+
+
+def loss_of(plain: Recipe, weights: Tensor | None) -> Loss:
+    """The mean loss of a batch; `weights` are those of its classes."""
+    if weights is None and not plain.focal_gamma:
+        return _cross_entropy
+    return weighted_cross_entropy(weights, plain.focal_gamma)
 
 
 def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from broker.errors import DataError
 from workers.data import Dataset
+from workers.task import Arrays
 
 IGNORED = -100  # the label of a token that no loss counts
 IDS, LABELS, MASK = "input_ids", "labels", "attention_mask"
@@ -31,6 +32,35 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def to_arrays(self) -> Iterator[NDArray[np.int64]]:
+        """Everything, one array after the other."""
+        yield self.targets.numpy()
+        for _, rows in sorted(self.columns.items()):
+            yield np.array([len(row) for row in rows], np.int64)
+            yield from rows
+
+    def taken(self, rows: Tensor) -> Arrays:
+        """These examples, as a few arrays."""
+        chosen = rows.tolist()
+        found = {"targets": self.targets[rows].numpy()}
+        for name, tokens in self.columns.items():
+            some = [tokens[row] for row in chosen]
+            found[f"tokens/{name}"] = np.concatenate([np.empty(0, np.int64), *some])
+            found[f"lengths/{name}"] = np.array([len(row) for row in some], np.int64)
+        return found
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Examples:
+        """What `taken` gave."""
+        columns = {
+            name.removeprefix("lengths/"): np.split(
+                arrays[name.replace("lengths/", "tokens/")], np.cumsum(lengths)[:-1]
+            )
+            for name, lengths in arrays.items()
+            if name.startswith("lengths/")
+        }
+        return cls(columns, torch.from_numpy(arrays["targets"]))
 
     def batch(self, rows: Tensor, padding: int) -> dict[str, Tensor]:
         """These examples, each column (n, longest) int64, and which tokens are there."""
