@@ -1,4 +1,4 @@
-"""Shakespeare in whole words: LoRA adapters of a small language model, measured on speakers that nobody trains on."""
+"""Shakespeare in words: LoRA adapters of a small language model, measured on speakers that nobody trains on."""
 
 from __future__ import annotations
 
