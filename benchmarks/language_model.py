@@ -73,7 +73,6 @@ def measure(run_dir: Path, chosen: Mapping[str, object], names: list[str]) -> di
     """One run from begin to end."""
     sets = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
     file = run_dir.with_name(f"{run_dir.name}.toml")
-    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f'task = "{TASK}"\n')
     result = file.with_suffix(".json")
     with rabbit(names) as node, ExitStack() as stack:
@@ -95,6 +94,7 @@ def main(participants: int, rounds: int, steps: int, run_dir: Path | None, *, ev
     names = participant_names(participants)
     with tempfile.TemporaryDirectory(prefix="fluffle-bench-") as scratch:
         place = run_dir or Path(scratch) / "run"
+        place.parent.mkdir(parents=True, exist_ok=True)
         chosen = settings(place, participants, rounds, evaluates=evaluation)
         found = measure(place, {**chosen, **({"train.max_steps": steps} if steps else {})}, names)
     kept = ("run_id", "metrics", "bytes", "updates", "model_sha256", "wall_s", "history", "peak_mb")
