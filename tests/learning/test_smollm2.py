@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from workers.partition import Plan, Shares, share_out
 from workers.tasks import find_task
 from workers.tasks.bard import load
 
+WEIGHTS = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
 VERSE = "What say you, sir?\nI'll go 12 miles,  and 'twas in 1599.\n"
 
 
@@ -34,6 +36,12 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Path:
         return smollm2_folder()
     except DataError as missing:
         pytest.skip(str(missing))
+
+
+@pytest.mark.slow
+def test_weights_are_the_same_wherever_they_were_written_out(folder: Path) -> None:
+    with (folder / "model.safetensors").open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == WEIGHTS
 
 
 @pytest.mark.slow
@@ -51,9 +59,9 @@ def test_the_tokenizer_takes_digits_alone_and_gives_back_what_it_took(folder: Pa
 def test_perplexity_on_unseen_speakers_falls_and_what_was_learned_merges(folder: Path, tmp_path: Path) -> None:
     task = find_task("shakespeare-lora")
     shares = share_out(load(), Plan(4, "natural", held_out=task.held_out, split_seed=task.seed))
-    few = Shares(shares.train, shares.held_out.take(np.arange(0, 23, 6)), shares.shards[:2])
+    few = Shares(shares.train, shares.held_out.take(np.arange(0, 23, 12)), shares.shards[:2])
     before = measure(task, few, task.bind().initial())
-    arrays = fedavg(task, few, rounds=2, train={})
+    arrays = fedavg(task, few, rounds=1, train={"max_steps": 3})
     after = measure(task, few, arrays)
     assert after["perplexity"] < 0.9 * before["perplexity"]
     write_merged(task, arrays, tmp_path / "merged")
