@@ -33,7 +33,7 @@ class Sampling:
 
     def options(self) -> Mapping[str, Any]:
         """For `generate` of transformers."""
-        drawn = {"temperature": self.temperature, "top_k": 0} if self.temperature else {}
+        drawn = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature else {}
         return {"max_new_tokens": self.tokens, "do_sample": bool(self.temperature), **drawn}
 
 
