@@ -1,7 +1,7 @@
 """SmolLM2 learns Shakespeare over a RabbitMQ of its own, each participant a process: what that takes.
 
     python -m benchmarks.language_model --run-dir runs/bard
-    python -m benchmarks.language_model --participants 2 --rounds 1 --no-evaluation
+    python -m benchmarks.language_model --participants 2 --rounds 1 --steps 1 --no-evaluation
 
 Needs `fluffle[llm]` and `fluffle data fetch smollm2`. Prints perplexity, bytes, and the most memory that the kernel
 saw each process hold (ru_maxrss). The aggregator holds the model only if it evaluates.
@@ -44,7 +44,7 @@ def rabbit(names: list[str]) -> Iterator[Node]:
 def start(stack: ExitStack, node: Node, user: str, *arguments: str) -> subprocess.Popen[bytes]:
     """One process of Fluffle, ended with the stack if it has not ended by then."""
     url = URL.build(scheme="amqp", host="127.0.0.1", port=node.port, user=user, password=password(user), path="/")
-    words = (*arguments, "--broker", str(url), "--log-format", "json", "--log-level", "warning")
+    words = (*arguments, "--broker", str(url), "--log-format", "json", "--log-level", "error")
     process = subprocess.Popen([sys.executable, "-m", "fluffle", *words], stdout=subprocess.DEVNULL)
     stack.callback(process.kill)
     return process
@@ -85,7 +85,7 @@ def measure(run_dir: Path, chosen: Mapping[str, object], names: list[str]) -> di
 
 @click.command()
 @click.option("--participants", default=4, show_default=True)
-@click.option("--rounds", default=5, show_default=True)
+@click.option("--rounds", default=4, show_default=True)
 @click.option("--steps", default=0, help="Of a participant in a round.  [default: the task's]")
 @click.option("--evaluation/--no-evaluation", default=True, help="Whether the aggregator measures every version.")
 @click.option("--run-dir", type=click.Path(file_okay=False, path_type=Path), help="Where the run is kept.")
