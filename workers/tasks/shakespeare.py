@@ -37,7 +37,7 @@ def load(place: str = "") -> Dataset:
     With `place`, one speaker's own text from that file. Raises DataError if it is too short, or no text.
     """
     source = place or "36 plays of Shakespeare, 423 speakers with at least 2,000 characters each (shipped)"
-    texts = {"own": _own_text(Path(place))} if place else dict(_shipped())
+    texts = {"own": _own_text(Path(place))} if place else dict(speakers())
     windows = {name: cut(symbols_of(text)) for name, text in texts.items()}
     return Dataset(
         x=np.concatenate([x for x, _ in windows.values()]),
@@ -68,7 +68,7 @@ def cut(symbols: Symbols) -> tuple[Symbols, Symbols]:
     return symbols[:used].reshape(-1, WINDOW), symbols[1 : used + 1].reshape(-1, WINDOW)
 
 
-def _shipped() -> Iterator[tuple[str, str]]:
+def speakers() -> Iterator[tuple[str, str]]:
     with gzip.open(SHIPPED / "shakespeare_speakers.jsonl.gz", "rt", encoding="utf-8") as lines:
         for line in lines:
             speaker = json.loads(line)
