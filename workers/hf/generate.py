@@ -59,7 +59,7 @@ def generate(task: HfTask, arrays: Arrays, prompt: str, sampling: Sampling) -> s
 
 def _continued(model: Model, prompt: str, sampling: Sampling) -> str:
     module: Any = model.module.eval()
-    ids = _begun(model, prompt)
+    ids = _begun(model, prompt).to(module.device)
     limit = getattr(module.config, "max_position_embeddings", None)
     if limit is not None and ids.shape[1] + sampling.tokens > limit:
         raise ConfigError(
