@@ -75,8 +75,13 @@ def measure(run_dir: Path, chosen: Mapping[str, object], names: list[str]) -> di
     file = run_dir.with_name(f"{run_dir.name}.toml")
     file.write_text(f'task = "{TASK}"\n')
     result = file.with_suffix(".json")
-    with rabbit(names) as node, ExitStack() as stack:
-        workers = {name: start(stack, node, name, "worker", "--participant", name, "--once") for name in names}
+    with rabbit(names) as node, tempfile.TemporaryDirectory() as journals, ExitStack() as stack:
+        workers = {
+            name: start(
+                stack, node, name, "worker", "--participant", name, "--journal", f"{journals}/{name}", "--once"
+            )
+            for name in names
+        }
         places = ("--run-dir", str(run_dir), "--json", str(result))
         leader = start(stack, node, AGGREGATOR, "aggregator", str(file), *places, *sets)
         peaks = {AGGREGATOR: peak_mb(leader)} | {name: peak_mb(process) for name, process in workers.items()}

@@ -49,7 +49,7 @@ def generate(task: HfTask, arrays: Arrays, prompt: str, sampling: Sampling) -> s
             f"task {task.name!r} is no language model, so it generates nothing: use `fluffle predict`"
         )
     model = task.model()
-    with model.lock, seeded(sampling.seed), torch.inference_mode():
+    with model.lock, seeded(sampling.seed, model.device), torch.inference_mode():
         try:
             model.load(arrays)
         except TaskError as error:
