@@ -60,6 +60,13 @@ def _tasks(directory: Path) -> tuple[list[int], list[int]]:
         return [r.task for r in history.rounds("run-1")], [d.task for d in history.ledger("run-1")]
 
 
+async def written(archive: Archive) -> None:
+    """Returns once all that was noted is on the disk."""
+    for task in (archive._history_task, archive._checkpoint_task):
+        assert task
+        await task
+
+
 async def test_what_was_noted_is_on_the_disk_before_the_next_record_is_committed(tmp_path: Path) -> None:
     archive = await opened(tmp_path)
     for version in (1, 2, 3):
@@ -84,7 +91,8 @@ async def test_behind_the_record_files_are_few_and_the_history_is_whole(tmp_path
     for version in range(1, 9):
         note(archive, committed(version, best=5 if version >= 5 else 0))
         await archive.keep_up()
-        await asyncio.sleep(0.02)  # for the first to be written
+        if version == 1:
+            await written(archive)
     assert await tasks(tmp_path) == ([1], [1]), "the others wait for their time"
     await archive.close()
     everything = list(range(1, 9))
@@ -99,7 +107,7 @@ async def test_who_resumes_forgets_what_is_beyond_its_checkpoint(tmp_path: Path)
     archive = await opened(tmp_path)
     for version in (1, 2):
         note(archive, committed(version))
-        await asyncio.sleep(2 * BEHIND_S)
+        await written(archive)
     await asyncio.to_thread(archive.history.record_all, [(committed(3), None), (committed(4), None)])
     newest = await archive.newest()
     assert newest is not None
