@@ -3,7 +3,7 @@
     fluffle data fetch minilm && fluffle data fetch spam-assassin
     python -m benchmarks.quantised
 
-The same 512 mails and steps for each form, with one thread; memory is that of the whole model with its adapters.
+The same 256 mails and steps for each form, with one thread; memory is that of the whole model with its adapters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from workers.task import TrainConfig
 from workers.tasks.spam import SPAM
 
 FORMS: tuple[Form, ...] = ("", "int8", "nf4")
-TRAINED, HELD_OUT, STEPS = 512, 512, 96
+TRAINED, HELD_OUT, STEPS = 256, 256, 32
 
 
 @dataclass(frozen=True, slots=True)
