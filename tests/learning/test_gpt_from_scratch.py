@@ -15,6 +15,7 @@ from fluffle.learning import task_defaults
 from fluffle.sweep import load_sweep
 from workers.data import Dataset
 from workers.modules import arrays_of, load_arrays
+from workers.optimisers import optimiser
 from workers.task import TrainConfig
 
 STEPS, PARTICIPANTS, EACH = 3, 8, 4
@@ -35,12 +36,12 @@ def test_pooled_training_is_synchronous_data_parallel_training_with_an_exchange_
     parts = [TASK.bind(whole.take(np.arange(EACH) + EACH * place)) for place in range(PARTICIPANTS)]
     net = GPT()
     load_arrays(net, start)
-    steps = torch.optim.AdamW(net.parameters(), lr=TASK.recipe({}).lr, betas=(0.9, 0.99), weight_decay=0.1)
+    steps = optimiser(TASK.recipe({}), net, {})
     for _ in range(STEPS):
         sent = [part.train(arrays_of(net), TrainConfig(1, 7, settings, "gradient")).arrays for part in parts]
         for name, parameter in net.named_parameters():
             parameter.grad = torch.from_numpy(np.mean([gradients[name] for gradients in sent], axis=0))
-        steps.step()
+        steps.step(net)
     found = arrays_of(net)
     for name, values in expected.items():
         if not name.endswith(
