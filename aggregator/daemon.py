@@ -280,12 +280,10 @@ class Term:
 
     def _expect(self, number: int) -> None:
         """What travels in a round, and how that is combined."""
-        local, fragments, combining = (
-            self.settings.personal.patterns, self.settings.strategy.fragments, self.combining
-        )  # fmt: skip
-        self.strategy = combining
-        if fragments > 1 and isinstance(combining, ServerOptimiser):
-            self.strategy = Streaming(combining, fragments, number)
+        local, fragments = self.settings.personal.patterns, self.settings.strategy.fragments
+        self.strategy = self.combining
+        if fragments > 1 and isinstance(self.combining, ServerOptimiser):
+            self.strategy = Streaming(self.combining, fragments, number)
         if local:
             self.strategy = Partial(self.strategy, local)
         self.intake.expect(due(shared(self.model, local), fragments, number), self.strategy.wants)
