@@ -36,6 +36,7 @@ OPERATOR = "operator"
 RESERVED = (AGGREGATOR, EVERYONE, OPERATOR)  # names that no participant may have
 DEFAULT_EXCHANGE = r"amq\.default"  # how permissions name the exchange ""
 MEBI = 1 << 20
+LARGEST_SEGMENT_BYTES = 1 << 30  # RabbitMQ takes none above 3 GB
 INBOX_EXPIRES_S = 14 * 24 * 3600.0
 OPERATOR_EXPIRES_S = 60.0  # of whoever was interrupted while it waited for the answer
 UP_KINDS = ("join", "heartbeat", "update", "failed", "leave")
@@ -158,10 +159,9 @@ class Topology:
         routing key only on the straight one, not for messages that come through another exchange or a CC header.
         """
         chunks, outbox = self.chunks(participant), self.outbox(participant)
-        segment = max(MEBI, update_bytes)
         return [
             Exchange(chunks),
-            Stream(outbox, max_bytes=5 * segment, segment_bytes=segment),
+            _room_for(5, outbox, update_bytes),
             Binding(chunks, f"{participant}.{CHUNK}", outbox),
         ]
 
@@ -190,5 +190,9 @@ class Topology:
 
 
 def _four_of(stream: str, size_bytes: int) -> Stream:
-    segment = max(MEBI, size_bytes)
-    return Stream(stream, max_bytes=6 * segment, segment_bytes=segment)
+    return _room_for(6, stream, size_bytes)
+
+
+def _room_for(many: int, stream: str, size_bytes: int) -> Stream:
+    size_bytes = max(MEBI, size_bytes)
+    return Stream(stream, max_bytes=many * size_bytes, segment_bytes=min(size_bytes, LARGEST_SEGMENT_BYTES))

@@ -29,6 +29,19 @@ async def test_a_stream_numbers_its_messages_from_zero(transport: Transport, log
     assert {(d.key, d.sender, d.delivery_count) for d in deliveries} == {(log, "aggregator", 0)}
 
 
+@pytest.mark.parametrize("size_bytes", [1, 100 * MIB, 4 << 30, 1 << 40])
+async def test_there_are_streams_for_bodies_of_any_size(
+    transport: Transport, topology: Topology, size_bytes: int
+) -> None:
+    """RabbitMQ takes no segments above 3 GB."""
+    streams = [*topology.model_declarations("run", size_bytes), *topology.outbox_declarations("p-1", size_bytes)]
+    await transport.declare(*streams)
+    for stream in (one for one in streams if isinstance(one, Stream)):
+        assert stream.max_bytes - stream.segment_bytes >= 4 * size_bytes
+        await send(transport, stream.name, b"it works")
+        await transport.delete(stream.name)
+
+
 @pytest.mark.parametrize(("offset", "first"), [(0, 0), (4, 4), (9, 9), ("first", 0)])
 async def test_reading_begins_where_told(transport: Transport, log: str, offset: StreamOffset, first: int) -> None:
     inbox = await transport.read(log, offset=offset)
