@@ -96,9 +96,7 @@ def predicted(folder: str, base: Path, texts: list[str]) -> Any:
     if folder == "merged":
         model = AutoModelForSequenceClassification.from_pretrained(folder)
     else:
-        model = PeftModel.from_pretrained(
-            AutoModelForSequenceClassification.from_pretrained(cache_dir() / "minilm"), folder
-        )
+        model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), folder)
     tokens = AutoTokenizer.from_pretrained(folder)
     batch = tokens(texts, truncation=True, max_length=SPAM.max_length, padding=True, return_tensors="pt")
     with torch.inference_mode():
