@@ -126,6 +126,15 @@ async def test_over_rabbitmq(rabbit: Rabbit, whole: list[str], tmp_path: Path, i
     assert digests(await joined.run(run)) == whole
 
 
+@pytest.mark.xdist_group("rabbitmq")
+async def test_fragments_over_rabbitmq(rabbit: Rabbit, tmp_path: Path) -> None:
+    run = settings(3, ROUNDS, broker={"inline_bytes": 0}, **STREAMED)
+    quiet = await federation(tmp_path / "quiet").run(run)
+    sizes = Sizes(inline_bytes=0)
+    joined = Federation(rabbit.broker(), tmp_path / "run", names(3), SIZE, 0.2, sizes, rabbit.topology())
+    assert digests(await joined.run(run)) == digests(quiet)
+
+
 async def test_the_mean_of_the_kept_control_variates_is_the_servers(tmp_path: Path) -> None:
     joined = federation(tmp_path)
     head = await joined.run(settings(3, ROUNDS, **SCAFFOLD))
