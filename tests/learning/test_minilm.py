@@ -51,6 +51,7 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
 @pytest.mark.xdist_group("processes")
 @pytest.mark.timeout(3600)
 def test_the_federation_beats_each_participant_and_its_adapter_loads_elsewhere(
