@@ -24,7 +24,7 @@ from aggregator import status
 from aggregator.status import RunStatus
 from broker.errors import ConfigError, StateError
 from broker.memory import MemoryBroker
-from broker.messages import Phase
+from broker.messages import Phase, Where
 from broker.topology import Topology
 from fluffle import participate
 from fluffle.cli import cli
@@ -35,6 +35,7 @@ from fluffle.logs import configure_logs
 from fluffle.serve import pages_of
 from tests.federation import Federation, names, settings
 from workers.status import WorkerStatus, waits_for
+from workers.transfer import Transfer
 
 Page = TypeVar("Page")
 ROOT = Path(__file__).parents[2]
@@ -179,6 +180,11 @@ class Way:
 
     trouble: str = ""
     blocked: str = ""
+    transfer: Transfer | None = None
+
+
+BODY = Where(where="stream", size_bytes=9_000_000, sha256="a" * 64, chunks=9, stream="outbox")
+MOVING = Transfer("update", BODY, lambda: 10.0, lambda _: None, first=1, began=5.0, pieces=6)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +192,8 @@ class Way:
     [
         ((Way("gone", "full"), "training", 3, 2), "the broker: gone"),
         ((Way("", "full"), "training", 3, 2), "the broker, which blocks publishers (full)"),
+        ((Way("", "full", MOVING), "training", 3, 2), "the broker, which blocks publishers (full)"),
+        ((Way(transfer=MOVING), "training", 3, 2), "the link: update, 6.0 of 9.0 MB at 1 MB/s, 3 s left"),
         ((Way(), "training", 3, 2), "nothing: it works on task 3 of round 2"),
         ((Way(), "holding", 3, 2), "the fate of its update of task 3"),
         ((Way(), "idle", 0, 2), "the aggregator, which has nothing for it to do"),
