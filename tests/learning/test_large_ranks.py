@@ -17,7 +17,7 @@ from aggregator.sums import FixedPointSum
 from broker.errors import ConfigError
 from broker.lora import of_rank, pairs
 from fluffle import simulate
-from fluffle.rundir import load_model
+from fluffle.shards import load_model
 from tests.learning.test_large_models import classifier, config, reviews, saved
 from workers.hf.definition import HfTask
 from workers.hf.ranks import DEFAULT_RANK
