@@ -472,7 +472,7 @@ async def test_a_cut_at_any_operation_changes_neither_the_model_nor_what_is_want
     quiet, answers = await run_with(watch, tmp_path / "quiet")
     assert [answer.nonce for answer in answers] == [wish.nonce for wish in SAID]
     said = {answer.nonce: answer.text for answer in answers}
-    for index in range(0, watch.count(AGGREGATOR, purpose), 3):
+    for index in range(0, watch.count(AGGREGATOR, purpose), 5):
         fault = FaultAt(AGGREGATOR, purpose, index, Fault("disconnect"))
         head, answers = await run_with(fault, tmp_path / str(index))
         assert (digest(head), head.wanted, head.removed) == (digest(quiet), "run", ())

@@ -39,7 +39,7 @@ def make(broker: Broker, topology: Topology, directory: Path, size: int) -> Fede
     return Federation(broker, directory, names(PARTICIPANTS), size=size, topology=topology)
 
 
-@pytest.fixture(scope="module", params=["small", "large"])
+@pytest.fixture(scope="module", params=[pytest.param("small", marks=pytest.mark.slow), "large"])
 def run(request: pytest.FixtureRequest) -> tuple[RunSettings, int]:
     return (SMALL, 7) if request.param == "small" else (LARGE, LARGE_SIZE)
 

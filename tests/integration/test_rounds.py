@@ -144,9 +144,9 @@ async def test_rounds_close_at_the_deadline_with_the_quorum_whoever_is_slow_or_g
     federation: Federation,
 ) -> None:
     """Ten participants; p01 is five times slower than the deadline lets it be, p10 vanishes and returns."""
-    deadline_s = 0.5
+    deadline_s = 0.8
     run = settings(10, rounds=7, round={"quorum": 7, "deadline_s": deadline_s})
-    federation.tasks["p01"] = Stubborn("p01", 5 * 0.15)
+    federation.tasks["p01"] = Stubborn("p01", 5 * 0.24)
     async with running(federation, run) as job:
         job.crowd.start("p01", "p10")
         job.crowd.start(*names(9)[1:], lag_s=0.1)

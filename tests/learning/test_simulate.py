@@ -104,7 +104,7 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_others(tmp_path: Path) -> N
     assert digests[0] == digests[1] != digests[2]
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedyogi"])
+@pytest.mark.parametrize("strategy", [pytest.param("fedavg", marks=pytest.mark.slow), "fedyogi"])
 def test_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path, strategy: str) -> None:
     whole = run("digits", tmp_path / "whole", stop__rounds=4, strategy__name=strategy)
     run("digits", tmp_path / "cut", stop__rounds=2, strategy__name=strategy)

@@ -187,7 +187,7 @@ def test_gradients_of_full_batches_are_central_gradient_descent() -> None:
 
 @pytest.mark.parametrize(
     ("name", "metric", "worst"),
-    [("digits", "accuracy", 0.95), ("diabetes", "rmse", -63.0)],
+    [pytest.param("digits", "accuracy", 0.95, marks=pytest.mark.slow), ("diabetes", "rmse", -63.0)],
     ids=["digits", "diabetes"],
 )
 def test_small_tasks_learn_and_beat_training_alone(name: str, metric: str, worst: float) -> None:
