@@ -8,13 +8,9 @@ the same messages by bare aio-pika; for the embedded broker, the same bytes thro
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import click
-
 from benchmarks import embedded
 from benchmarks.fleet import Load, rabbit, run_bare, run_fluffle
-from benchmarks.measure import RESULTS, Line, line, report, table, write
+from benchmarks.measure import Line, command, line, report, table
 
 LOAD = Load(participants=10, floats=256, rounds=100, warm_up=10)
 EMBEDDED = Load(participants=10, floats=256, rounds=500, warm_up=20)
@@ -36,14 +32,7 @@ def measure() -> dict[str, object]:
     return report("control_plane", lines, details) | {"table": table(lines)}
 
 
-@click.command()
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS / "control_plane.json")
-def main(out: Path) -> None:
-    """Measures, prints a table, and writes everything as JSON."""
-    found = measure()
-    click.echo(found.pop("table"))
-    write(found, out)
-
+main = command("control_plane", measure)
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import click
 from yarl import URL
 
 from broker.definitions import Document
@@ -244,3 +245,16 @@ def report(module: str, lines: Sequence[Line], details: Mapping[str, Any]) -> di
 
 def write(found: Mapping[str, Any], out: Path) -> None:
     out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def command(name: str, measure: Callable[[], dict[str, Any]]) -> click.Command:
+    """What runs a benchmark that takes no settings. `measure`: its report, and beside it its `table`."""
+
+    @click.command(help="Measures, prints a table, and writes everything as JSON.")
+    @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS / f"{name}.json")
+    def run(out: Path) -> None:
+        found = measure()
+        click.echo(found.pop("table"))
+        write(found, out)
+
+    return run

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
-import click
 import numpy as np
 
-from benchmarks.measure import RESULTS, line, report, table, write
+from benchmarks.measure import command, line, report, table
 from workers.data import Dataset
 from workers.hf.quantised import Form, size_bytes
 from workers.modules import use_threads
@@ -65,14 +63,7 @@ def measure() -> dict[str, object]:
     return report("quantised", lines, details) | {"table": table(lines)}
 
 
-@click.command()
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS / "quantised.json")
-def main(out: Path) -> None:
-    """Measures, prints a table, and writes everything as JSON."""
-    found = measure()
-    click.echo(found.pop("table"))
-    write(found, out)
-
+main = command("quantised", measure)
 
 if __name__ == "__main__":
     main()

@@ -10,13 +10,10 @@ runs with a tenth of them, and what the same takes without Fluffle (see `control
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-
-import click
 
 from benchmarks import embedded
 from benchmarks.fleet import Load, Measured, rabbit, run_bare, run_fluffle
-from benchmarks.measure import RESULTS, Line, line, report, table, write
+from benchmarks.measure import Line, command, line, report, table
 
 FEW = Load(participants=100, floats=256, rounds=5, processes=2, heartbeat_s=60.0)
 MANY, CROWD = replace(FEW, participants=1_000), replace(FEW, participants=10_000)
@@ -62,14 +59,7 @@ def measure() -> dict[str, object]:
     return report("scale", lines, details) | {"table": table(lines)}
 
 
-@click.command()
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS / "scale.json")
-def main(out: Path) -> None:
-    """Measures, prints a table, and writes everything as JSON."""
-    found = measure()
-    click.echo(found.pop("table"))
-    write(found, out)
-
+main = command("scale", measure)
 
 if __name__ == "__main__":
     main()

@@ -19,9 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import click
-
-from benchmarks.measure import RESULTS, line, report, table, write
+from benchmarks.measure import command, line, report, table
 from fluffle.chaos.processes import ROOT
 from workers.data import SHIPPED
 
@@ -85,14 +83,7 @@ def measure() -> dict[str, object]:
     return report("training", lines, details) | {"table": table(lines)}
 
 
-@click.command()
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS / "training.json")
-def main(out: Path) -> None:
-    """Measures, prints a table, and writes everything as JSON."""
-    found = measure()
-    click.echo(found.pop("table"))
-    write(found, out)
-
+main = command("training", measure)
 
 if __name__ == "__main__":
     main()

@@ -15,10 +15,9 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import click
 import numpy as np
 
-from benchmarks.measure import RESULTS, Line, line, report, table, write
+from benchmarks.measure import Line, command, line, report, table
 from benchmarks.training import Cost, cost_in
 from broker.tensors import Arrays, decode
 
@@ -84,14 +83,7 @@ def measure() -> dict[str, object]:
     return report("vectorised", lines, details) | {"table": table(lines)}
 
 
-@click.command()
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS / "vectorised.json")
-def main(out: Path) -> None:
-    """Measures, prints a table, and writes everything as JSON."""
-    found = measure()
-    click.echo(found.pop("table"))
-    write(found, out)
-
+main = command("vectorised", measure)
 
 if __name__ == "__main__":
     main()

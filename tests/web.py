@@ -7,16 +7,21 @@ import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
 from aiohttp import web
 
 
-@contextmanager
-def web_server(folder: Path) -> Iterator[str]:
+def web_server(folder: Path) -> AbstractContextManager[str]:
     """Its address, while it runs in a thread of its own."""
+    return serving(application(folder))
+
+
+@contextmanager
+def serving(app: web.Application) -> Iterator[str]:
+    """The address of any application, while it runs in a thread of its own."""
     loop, stop, ready = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
     found: list[str] = []
 
@@ -24,8 +29,7 @@ def web_server(folder: Path) -> Iterator[str]:
         found.append(url)
         ready.set()
 
-    served = serve(application(folder), tell, stop)
-    thread = threading.Thread(target=lambda: loop.run_until_complete(served), name="web")
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve(app, tell, stop)), name="web")
     thread.start()
     ready.wait(10)
     try:

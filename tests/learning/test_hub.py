@@ -7,9 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +19,7 @@ pytest.importorskip("peft", reason="needs large models: pip install 'fluffle[llm
 from aiohttp import web
 
 from tests.learning.test_large_models import saved
-from tests.web import serve
+from tests.web import serving
 from workers.hf.base import identity
 
 COMMIT = "c0ffee" + "0" * 34
@@ -49,28 +47,13 @@ async def _file(asked: list[str], folder: Path, request: web.Request) -> web.Str
     return web.Response(body=body, headers=headers)
 
 
-@contextmanager
-def hub(folder: Path, asked: list[str]) -> Iterator[str]:
+def hub(folder: Path, asked: list[str]) -> AbstractContextManager[str]:
     """Its address, while it has that one model."""
     app, names = web.Application(), [path.name for path in folder.iterdir()]
     app.router.add_get(f"/api/models/{NAME}/revision/{{revision}}", partial(_listed, names))
     app.router.add_get(f"/api/models/{NAME}/tree/{{revision}}", partial(_tree, names))
     app.router.add_get(f"/{NAME}/resolve/{{revision}}/{{file}}", partial(_file, asked, folder))
-    loop, stop, ready, found = asyncio.new_event_loop(), asyncio.Event(), threading.Event(), list[str]()
-
-    def tell(url: str) -> None:
-        found.append(url)
-        ready.set()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve(app, tell, stop)), name="hub")
-    thread.start()
-    ready.wait(10)
-    try:
-        yield found[0]
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
-        loop.close()
+    return serving(app)
 
 
 BIND = """
